@@ -1,0 +1,85 @@
+"""SCFGConfig: every constant of the method, with where it comes from."""
+
+import math
+from dataclasses import dataclass
+
+PROPAGATIONS = ("paper", "official", "none")
+
+
+@dataclass(frozen=True)
+class SCFGConfig:
+    """Constants of semantic-aware guidance; immutable, checks itself when made.
+
+    "Paper" is arXiv 2404.05384, "code" the authors' release of it.
+
+    Attributes:
+        map_reduction: Finest attention maps used, in latent pixels per map pixel; the resolution of
+            the labels. A power of two. Code: 4 (Stable Diffusion, 64 x 64 latents).
+        coarsest_reduction: Coarsest maps used, a power of two, at least ``map_reduction``. Levels
+            between the two are all used, those the U-Net lacks are skipped. Code: 8.
+        propagation: How self-attention S completes the cross-attention map C. ``"paper"``: mean of
+            S^p C for p = 1..``propagation_steps`` (paper, section 3.2). ``"official"``: (S + 3 S^2)/4 C,
+            which the code computes, its loop never advancing past S^2. ``"none"``: C (ablation).
+        propagation_steps: Number of powers of ``"paper"``, at least 1. Paper and code: 4.
+        foreground: Branch whose START token marks the foreground, ``"uncond"`` (code) or ``"cond"``.
+        benchmark: Region that has rate 1: ``"foreground"`` (paper, code) or ``"image"`` (the paper's
+            ablation).
+        layers_per_level: Use only the last so many layers of each level, in forward order; None: all.
+            Code: all for Stable Diffusion, 3 for DeepFloyd IF.
+        rate_min: Least rate, dimensionless, > 0. Code: 0.8.
+        rate_max: Largest rate, >= ``rate_min``. Code: 3.
+        max_scale: Cap on guidance_scale * rate, or None for no cap. Code: 15.
+
+    Raises:
+        ValueError: A field is out of range; the message names it.
+    """
+
+    map_reduction: int = 4
+    coarsest_reduction: int = 8
+    propagation: str = "paper"
+    propagation_steps: int = 4
+    foreground: str = "uncond"
+    benchmark: str = "foreground"
+    layers_per_level: int | None = None
+    rate_min: float = 0.8
+    rate_max: float = 3.0
+    max_scale: float | None = 15.0
+
+    def __post_init__(self):
+        for name in ("map_reduction", "coarsest_reduction"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two >= 1, got {value!r}")
+        if self.coarsest_reduction < self.map_reduction:
+            raise ValueError(
+                f"coarsest_reduction must be >= map_reduction ({self.map_reduction}), "
+                f"got {self.coarsest_reduction}"
+            )
+        for name, allowed in (
+            ("propagation", PROPAGATIONS),
+            ("foreground", ("uncond", "cond")),
+            ("benchmark", ("foreground", "image")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("propagation_steps", "layers_per_level"):
+            value = getattr(self, name)
+            optional = name == "layers_per_level" and value is None
+            if not optional and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        for name in ("rate_min", "rate_max", "max_scale"):
+            value = getattr(self, name)
+            if value is None and name == "max_scale":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+        if self.rate_max < self.rate_min:
+            raise ValueError(f"rate_max must be >= rate_min ({self.rate_min}), got {self.rate_max}")
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        """Reductions of the levels used, finest first: map_reduction, twice that, ..."""
+        levels = (self.coarsest_reduction // self.map_reduction).bit_length()
+        return tuple(self.map_reduction << level for level in range(levels))

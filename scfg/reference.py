@@ -1,0 +1,413 @@
+"""Every operation in plain torch: the definition the Triton kernels are tested against.
+
+Accumulation is float32, or float64 where the input is float64. Everything here is differentiable
+except `segment`, whose result is discrete. Inputs are not checked: `scfg.ops` does that.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+BLUR = (math.exp(-1) / (1 + 2 * math.exp(-1)), 1 / (1 + 2 * math.exp(-1)))  # side, centre
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The tensor in the type it is accumulated in: float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def attention_map(q: Tensor, k: Tensor, heads: int, key_bias: Tensor | None = None) -> Tensor:
+    """Attention probabilities, averaged over heads.
+
+    ``A = (1/g) sum_g softmax_m(q_g k_g^T / sqrt(d) + key_bias)``
+
+    Args:
+        q: (b, n, g*d) queries as the projection returns them.
+        k: (b, m, g*d) keys.
+        heads: g.
+        key_bias: (b, m) added to the scores of each key, -inf or very negative where a key is
+            masked, or None.
+
+    Returns:
+        (b, n, m) in the accumulation type; rows sum to 1.
+
+    Source: equation 4 of the paper; the code averages the same probabilities over heads.
+    """
+    q, k = _wide(q), _wide(k)
+    width = q.shape[-1] // heads
+    total = q.new_zeros(q.shape[0], q.shape[1], k.shape[1])  # (b, n, m)
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        scores = (q[..., part] * width**-0.5) @ k[..., part].mT  # (b, n, m)
+        if key_bias is not None:
+            scores = scores + key_bias[:, None, :]
+        total += scores.softmax(dim=-1)
+    return total / heads
+
+
+def attention_maps(
+    q_self: Tensor,
+    k_self: Tensor,
+    q_cross: Tensor,
+    k_cross: Tensor,
+    heads: int,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Self- and cross-attention map of one transformer block.
+
+    Args:
+        q_self: (b, n, g*d).
+        k_self: (b, n, g*d).
+        q_cross: (b, n, g*d).
+        k_cross: (b, t, g*d).
+        heads: g.
+        key_bias: (b, t) for the text keys, see `attention_map`.
+
+    Returns:
+        (b, n, n) and (b, n, t), rows of both sum to 1.
+    """
+    return attention_map(q_self, k_self, heads), attention_map(q_cross, k_cross, heads, key_bias)
+
+
+def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor:
+    """Head-mean self-attention times columns, the map itself never formed.
+
+    ``attention_map(q, k, heads) @ columns``, for n so large that (b, n, n) does not fit.
+
+    Args:
+        q: (b, n, g*d).
+        k: (b, n, g*d).
+        columns: (b, n, t).
+        heads: g.
+
+    Returns:
+        (b, n, t) in the accumulation type.
+    """
+    rows = 256  # of the map alive at a time
+    tiles = q.split(rows, dim=1)
+    return torch.cat([attention_map(tile, k, heads) @ _wide(columns) for tile in tiles], dim=1)
+
+
+def propagate(
+    self_map: Tensor, columns: Tensor, propagation: str = "paper", steps: int = 4
+) -> Tensor:
+    """Complete token maps through self-attention.
+
+    ``"paper"``: (1/P) sum_{p=1..P} S^p C; ``"official"``: (S + 3 S^2) C / 4; ``"none"``: C.
+    Evaluated as S(SC): n^2 t work per power, columns independent of each other.
+
+    Args:
+        self_map: (b, n, n), S. Not read when propagation is ``"none"``.
+        columns: (b, n, t), C.
+        propagation: ``"paper"``, ``"official"`` or ``"none"``.
+        steps: P, the number of powers of ``"paper"``.
+
+    Returns:
+        (b, n, t) in the accumulation type.
+
+    Source: equation 5 of the paper; ``"official"`` is what the code's loop, which multiplies the
+    unchanged S by itself each time, comes to.
+    """
+    columns = _wide(columns)
+    if propagation == "none":
+        return columns
+    self_map = _wide(self_map)
+    weights = (1 / 4, 3 / 4) if propagation == "official" else (1 / steps,) * steps
+    total = torch.zeros_like(columns)
+    for weight in weights:
+        columns = self_map @ columns
+        total = total + weight * columns
+    return total
+
+
+def spatial_weights(h: int, w: int, factor: int) -> Tensor:
+    """Weights v of a coarse map such that ``mean(blur(upsample(y))) = v . y``.
+
+    Blur and upsampling are linear, so their spatial mean is a fixed weighting of the coarse pixels;
+    with it a map is renormalised at its own resolution.
+
+    Args:
+        h: Rows of the finest map grid.
+        w: Columns of it.
+        factor: Reduction of the coarse map with respect to the finest, a power of two.
+
+    Returns:
+        (ceil(h/factor) * ceil(w/factor),) float64, sum 1.
+    """
+    sides = []
+    for size in (h, w):
+        basis = torch.eye(-(-size // factor), dtype=torch.float64)[:, None, :]  # (m, 1, m)
+        sides.append(blur(upsample(basis, 1, size, factor)).mean(dim=(1, 2)))  # (m,)
+    return torch.outer(*sides).flatten()
+
+
+def complete(
+    self_map: Tensor,
+    cross_map: Tensor,
+    weights: Tensor,
+    total: Tensor | None = None,
+    propagation: str = "paper",
+    steps: int = 4,
+) -> Tensor:
+    """Fold one layer into the evidence of its level: propagate, renormalise over space, add.
+
+    With Y = propagate(S, C), extended by the column sum_{j>=1} Y_j (everything but START):
+    ``total_j + Y_j / (v . Y_j)``, so that each token's map has spatial mean 1 before layers are
+    added up. A column that is zero everywhere stays zero.
+
+    Args:
+        self_map: (b, n, n).
+        cross_map: (b, n, t), token 0 is START.
+        weights: (n,) from `spatial_weights`.
+        total: (b, n, t+1) evidence so far, or None for zero.
+        propagation: See `propagate`.
+        steps: See `propagate`.
+
+    Returns:
+        (b, n, t+1) in the accumulation type, a new tensor: t token columns, then "not START".
+
+    Source: the code upsamples, blurs, then divides by the spatial mean; the division commutes with
+    both, which are linear.
+    """
+    tokens = propagate(self_map, cross_map, propagation, steps)  # (b, n, t)
+    rest = tokens[..., 1:].sum(dim=-1, keepdim=True)  # (b, n, 1)
+    columns = torch.cat([tokens, rest], dim=-1)  # (b, n, t+1)
+    mean = torch.einsum("n,bnt->bt", weights.to(columns), columns)[:, None, :]  # (b, 1, t+1)
+    evidence = torch.where(mean > 0, columns / mean.clamp_min(1e-30), columns)
+    return evidence if total is None else total + evidence
+
+
+def blur(x: Tensor) -> Tensor:
+    """3 x 3 blur with weights exp(-(dx^2 + dy^2)), normalised, edges reflected without repeating.
+
+    Args:
+        x: (..., h, w). An axis of size 1 is left as it is.
+
+    Returns:
+        Same shape and type.
+
+    Source: the code's Gaussian has exponent -(x/(2 sigma))^2 with sigma 0.5, not -x^2/(2 sigma^2).
+    """
+    side, centre = BLUR
+    for axis in (-2, -1):
+        size = x.shape[axis]
+        index = torch.arange(size, device=x.device)
+        before = (index - 1).abs().clamp_max(size - 1)
+        after = (size - 1 - (size - 2 - index).abs()).clamp_min(0)
+        x = centre * x + side * (x.index_select(axis, before) + x.index_select(axis, after))
+    return x
+
+
+def upsample(x: Tensor, h: int, w: int, factor: int) -> Tensor:
+    """Bilinear upsampling by a power of two, pixel centres at half integers, edges repeated.
+
+    Pixel i reads the coarse position (i + 1/2) / factor - 1/2, clamped to the map.
+
+    Args:
+        x: (..., ceil(h/factor), ceil(w/factor)).
+        h: Rows of the result.
+        w: Columns of the result.
+        factor: At least 1.
+
+    Returns:
+        (..., h, w).
+
+    Source: code (bilinear interpolation). A size that factor does not divide keeps the factor, as
+    strided convolutions do, and is cropped at the end.
+    """
+    for axis, size in ((-2, h), (-1, w)):
+        last = x.shape[axis] - 1
+        centres = torch.arange(size, device=x.device, dtype=x.dtype) + 0.5
+        position = (centres / factor - 0.5).clamp(0, last)  # exact: factor is a power of two
+        low = position.floor().long()
+        high = (low + 1).clamp_max(last)
+        share = (position - low).unsqueeze(-1) if axis == -2 else position - low
+        x = x.index_select(axis, low) * (1 - share) + x.index_select(axis, high) * share
+    return x
+
+
+def spread(patches: Tensor, h: int, w: int, factor: int) -> Tensor:
+    """Give every pixel the value of its patch: pixel (i, j) reads (i // factor, j // factor).
+
+    Args:
+        patches: (..., ceil(h/factor), ceil(w/factor)), any type.
+        h: Rows of the result.
+        w: Columns of the result.
+        factor: Pixels per patch.
+
+    Returns:
+        (..., h, w).
+    """
+    rows = torch.arange(h, device=patches.device) // factor
+    cols = torch.arange(w, device=patches.device) // factor
+    return patches.index_select(-2, rows).index_select(-1, cols)
+
+
+def segment(
+    tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Give each patch to the token with the largest evidence, and mark the foreground.
+
+    ``E = blur(sum_l upsample(E_l))``; ``label = argmax_{j<t} E_j``, lowest index on ties;
+    ``foreground = E_rest > E_START``.
+
+    Args:
+        tokens: Evidence of the text branch from `complete`, one (b, n_l, t+1) per level with
+            n_l = ceil(h/factor_l) * ceil(w/factor_l). Its last column is not read.
+        start: Evidence that decides the foreground, one (b, n_l, u+1) per level; columns 0 (START)
+            and u (the rest) are read.
+        h: Rows of the label grid.
+        w: Columns of it.
+        factors: Reduction of each level with respect to the label grid.
+
+    Returns:
+        labels (b, h, w) int64 in [0, t), foreground (b, h, w) bool.
+
+    Source: code, whose comparison with the maximum gives a tied patch to every winner; one owner is
+    taken here. The mean over layers is a sum: the argmax is the same.
+    """
+
+    def assemble(levels: list[Tensor]) -> Tensor:
+        total = 0
+        for x, factor in zip(levels, factors, strict=True):
+            grid = x.mT.unflatten(-1, (-(-h // factor), -(-w // factor)))  # (b, t, h_l, w_l)
+            total = total + upsample(grid, h, w, factor)
+        return blur(total)  # (b, t, h, w)
+
+    labels = assemble([x[..., :-1] for x in tokens]).argmax(dim=1)  # (b, h, w)
+    start_map, rest = assemble([x[..., [0, -1]] for x in start]).unbind(dim=1)  # (b, h, w) each
+    return labels, rest > start_map
+
+
+def guidance_norm(eps_uncond: Tensor, eps_text: Tensor) -> Tensor:
+    """How strongly the text acts on each pixel: ``a(x) = ||eps_text(x) - eps_uncond(x)||_2``.
+
+    Args:
+        eps_uncond: (b, c, H, W).
+        eps_text: (b, c, H, W).
+
+    Returns:
+        (b, H, W) in the accumulation type, >= 0.
+
+    Source: equation 7 of the paper.
+    """
+    return (_wide(eps_text) - _wide(eps_uncond)).norm(dim=1)
+
+
+def region_sums(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    labels: Tensor,
+    foreground: Tensor,
+    tokens: int,
+    factor: int,
+) -> Tensor:
+    """Sum of the guidance norm and number of pixels of every region.
+
+    Args:
+        eps_uncond: (b, c, H, W).
+        eps_text: (b, c, H, W).
+        labels: (b, h, w) int64, pixel (i, j) belongs to patch (i // factor, j // factor).
+        foreground: (b, h, w) bool.
+        tokens: t.
+        factor: Latent pixels per patch.
+
+    Returns:
+        (b, p, t+1, 2) in the accumulation type: [sum, count] of the t token regions, then of the
+        foreground, in p partial sums of which only the total over p is defined (here p = 1).
+    """
+    a = guidance_norm(eps_uncond, eps_text)  # (b, H, W)
+    a = torch.stack([a, torch.ones_like(a)], dim=-1).flatten(1, 2)  # (b, H*W, 2)
+    size = eps_text.shape[-2:]
+    owner = spread(labels, *size, factor).flatten(1)  # (b, H*W)
+    sums = a.new_zeros(a.shape[0], tokens, 2)
+    sums = sums.scatter_add(1, owner[..., None].expand(-1, -1, 2), a)  # (b, t, 2)
+    inside = spread(foreground, *size, factor).flatten(1)  # (b, H*W)
+    benchmark = torch.where(inside[..., None], a, 0).sum(dim=1, keepdim=True)  # (b, 1, 2)
+    return torch.cat([sums, benchmark], dim=1)[:, None]
+
+
+def region_rates(
+    sums: Tensor,
+    guidance_scale: Tensor,
+    benchmark: str = "foreground",
+    rate_min: float = 0.8,
+    rate_max: float = 3.0,
+    max_scale: float | None = 15.0,
+) -> Tensor:
+    """Rate of each token's region.
+
+    ``rate_i = clamp(mean_benchmark(a) / mean_i(a), rate_min, rate_max)``, then at most
+    ``max_scale / guidance_scale``. 1 for a region on which the guidance is zero everywhere, and for
+    every region of an image whose benchmark region is empty (that image gets plain CFG).
+
+    Args:
+        sums: (b, p, t+1, 2) from `region_sums`.
+        guidance_scale: (b,), > 0.
+        benchmark: ``"foreground"`` or ``"image"`` (all pixels).
+        rate_min: Least rate.
+        rate_max: Largest rate.
+        max_scale: Largest guidance_scale * rate, or None.
+
+    Returns:
+        (b, t) in the accumulation type, dimensionless; a token without pixels has an unused value.
+
+    Source: equation 8 of the paper; clamp and cap from the code. On an empty foreground the code
+    lets every rate fall to its minimum; here that image is left to plain CFG.
+    """
+    sums = sums.sum(dim=1)  # (b, t+1, 2)
+    regions = sums[:, :-1]  # (b, t, 2)
+    reference = sums[:, -1:] if benchmark == "foreground" else regions.sum(dim=1, keepdim=True)
+    mean = regions[..., 0] / regions[..., 1].clamp_min(1)  # (b, t)
+    standard = reference[..., 0] / reference[..., 1].clamp_min(1)  # (b, 1)
+    rate = torch.where(mean == 0, 1.0, standard / mean).clamp(rate_min, rate_max)
+    if max_scale is not None:
+        rate = torch.minimum(rate, max_scale / guidance_scale.to(rate)[:, None])
+    return torch.where(reference[..., 1] == 0, 1.0, rate)
+
+
+def guide(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    labels: Tensor,
+    sums: Tensor,
+    guidance_scale: Tensor,
+    factor: int,
+    benchmark: str = "foreground",
+    rate_min: float = 0.8,
+    rate_max: float = 3.0,
+    max_scale: float | None = 15.0,
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rates of the regions, spread over their pixels and blurred, and the guided prediction.
+
+    ``eps = eps_uncond + guidance_scale * rate * (eps_text - eps_uncond)``
+
+    Args:
+        eps_uncond: (b, c, H, W).
+        eps_text: (b, c, H, W).
+        labels: (b, h, w) int64.
+        sums: (b, p, t+1, 2) from `region_sums`.
+        guidance_scale: (b,), > 0.
+        factor: Latent pixels per patch.
+        benchmark: See `region_rates`.
+        rate_min: See `region_rates`.
+        rate_max: See `region_rates`.
+        max_scale: See `region_rates`.
+        token_weights: (b, t) multiplies the rate of each token's region, after clamp and cap; or
+            None.
+
+    Returns:
+        eps (b, c, H, W) in the type of eps_text, rate (b, 1, H, W) in the accumulation type.
+
+    Source: equations 6 and 8 of the paper; the blur of the rate map from the code.
+    """
+    rates = region_rates(sums, guidance_scale, benchmark, rate_min, rate_max, max_scale)  # (b, t)
+    if token_weights is not None:
+        rates = rates * token_weights.to(rates)
+    patches = rates.gather(1, labels.flatten(1)).view(labels.shape)  # (b, h, w)
+    rate = blur(spread(patches, *eps_text.shape[-2:], factor))[:, None]  # (b, 1, H, W)
+    scale = guidance_scale.to(rate)[:, None, None, None] * rate
+    eps = _wide(eps_uncond) + scale * (_wide(eps_text) - _wide(eps_uncond))
+    return eps.to(eps_text.dtype), rate

@@ -1,0 +1,52 @@
+"""The Triton interpreter where there is no GPU, golden files, and one comparison helper."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when csrc_triton is imported
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Golden:
+    """One golden file as tensors: maps per layer, predictions, and the expected results."""
+
+    def __init__(self, path, dtype=torch.float32):
+        data = np.load(path)
+        self.name = path.stem
+        self.b, self.size, self.reduction, self.tokens = data["meta"].tolist()
+        self.guidance_scale = float(data["guidance_scale"])
+        self.expected = {key: torch.from_numpy(data[key]) for key in data.files}
+        self.eps_uncond = self.expected["eps_uncond"].to(dtype)
+        self.eps_text = self.expected["eps_text"].to(dtype)
+        layers = sorted(key[5:] for key in data.files if key.startswith("self_"))
+        self.reductions = [int(layer.split("_")[0][1:]) for layer in layers]
+        self.self_maps = [self.expected["self_" + layer].to(dtype) for layer in layers]
+        self.cross_maps = [self.expected["cross_" + layer].to(dtype) for layer in layers]
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden_path(request):
+    return request.param
+
+
+def assert_close(*, actual, expected, atol=0.0, rtol=0.0, what="result"):
+    """Fail with the place and both values of the largest excess over atol + rtol * |expected|."""
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} against {expected.shape}"
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    assert torch.isfinite(actual).equal(torch.isfinite(expected)), f"{what}: finite elsewhere"
+    error = (actual - expected).abs() - rtol * expected.abs()
+    error = torch.nan_to_num(error, nan=0.0)
+    if error.numel() and error.max() > atol:
+        where = np.unravel_index(int(error.argmax()), error.shape)
+        where = tuple(int(i) for i in where)
+        raise AssertionError(
+            f"{what}: {actual[where]} against {expected[where]} at {where}; "
+            f"largest error {(actual - expected).abs().max():.3e}, allowed {atol} + {rtol} relative"
+        )
