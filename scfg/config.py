@@ -18,13 +18,13 @@ class SCFGConfig:
         coarsest_reduction: Coarsest maps used, a power of two, at least ``map_reduction``. Levels
             between the two are all used, those the U-Net lacks are skipped. Code: 8.
         propagation: How self-attention S completes the cross-attention map C. ``"paper"``: mean of
-            S^p C for p = 1..``propagation_steps`` (paper, section 3.2). ``"official"``: (S + 3 S^2)/4 C,
+            S^p C, p = 1..``propagation_steps`` (paper, section 3.2). ``"official"``: (S + 3 S^2) C/4,
             which the code computes, its loop never advancing past S^2. ``"none"``: C (ablation).
         propagation_steps: Number of powers of ``"paper"``, at least 1. Paper and code: 4.
-        foreground: Branch whose START token marks the foreground, ``"uncond"`` (code) or ``"cond"``.
-        benchmark: Region that has rate 1: ``"foreground"`` (paper, code) or ``"image"`` (the paper's
-            ablation).
-        layers_per_level: Use only the last so many layers of each level, in forward order; None: all.
+        foreground: Branch whose START token marks the foreground: ``"uncond"`` (code), ``"cond"``.
+        benchmark: Region that has rate 1: ``"foreground"`` (paper, code), or ``"image"`` (ablation
+            of the paper).
+        layers_per_level: Use only the last so many layers of a level, in forward order; None: all.
             Code: all for Stable Diffusion, 3 for DeepFloyd IF.
         rate_min: Least rate, dimensionless, > 0. Code: 0.8.
         rate_max: Largest rate, >= ``rate_min``. Code: 3.

@@ -90,7 +90,7 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
 
 
 def propagate(
-    self_map: Tensor, columns: Tensor, propagation: str = "paper", steps: int = 4
+    self_map: Tensor | None, columns: Tensor, propagation: str = "paper", steps: int = 4
 ) -> Tensor:
     """Complete token maps through self-attention.
 
@@ -98,7 +98,7 @@ def propagate(
     Evaluated as S(SC): n^2 t work per power, columns independent of each other.
 
     Args:
-        self_map: (b, n, n), S. Not read when propagation is ``"none"``.
+        self_map: (b, n, n), S; may be None when propagation is ``"none"``.
         columns: (b, n, t), C.
         propagation: ``"paper"``, ``"official"`` or ``"none"``.
         steps: P, the number of powers of ``"paper"``.
@@ -111,7 +111,7 @@ def propagate(
     """
     columns = _wide(columns)
     if propagation == "none":
-        return columns
+        return columns.clone()
     self_map = _wide(self_map)
     weights = (1 / 4, 3 / 4) if propagation == "official" else (1 / steps,) * steps
     total = torch.zeros_like(columns)
@@ -143,7 +143,7 @@ def spatial_weights(h: int, w: int, factor: int) -> Tensor:
 
 
 def complete(
-    self_map: Tensor,
+    self_map: Tensor | None,
     cross_map: Tensor,
     weights: Tensor,
     total: Tensor | None = None,
@@ -157,7 +157,7 @@ def complete(
     added up. A column that is zero everywhere stays zero.
 
     Args:
-        self_map: (b, n, n).
+        self_map: (b, n, n); may be None when propagation is ``"none"``.
         cross_map: (b, n, t), token 0 is START.
         weights: (n,) from `spatial_weights`.
         total: (b, n, t+1) evidence so far, or None for zero.
