@@ -4,7 +4,7 @@
 `dataclasses.replace(SD15, block_out_channels=(32, 64, 128, 128))`.
 
 Sources: Ronneberger et al. 2015 (arXiv 1505.04597), Rombach et al. 2022 (arXiv 2112.10752), Podell
-et al. 2023 (arXiv 2307.01952). Names, epsilons and the rounding of sizes follow diffusers 0.42.
+et al. 2023 (arXiv 2307.01952). Names, epsilons and rounding of sizes are those of diffusers 0.42.
 """
 
 # ruff: noqa: D102, D107 - the docstring of a layer describes its forward
@@ -34,11 +34,11 @@ class UNetConfig:
         cross_attention_dim: width of the context.
         linear_projection: project in and out of a transformer with Linear instead of Conv2d 1x1.
         norm_groups: groups of every GroupNorm.
-        addition: (width of the pooled text, number of time ids, sinusoid width of one id), the
-            conditions that SDXL adds to the timestep embedding, or None.
+        addition: what SDXL adds to the timestep embedding, as (width of the pooled text, number of
+            time ids, sinusoid width of one id), or None.
 
     Raises:
-        ValueError: lengths differ, a number is out of range, or channels do not divide.
+        ValueError: lengths differ, a number is too small, or channels do not divide.
     """
 
     in_channels: int = 4
@@ -54,30 +54,25 @@ class UNetConfig:
     addition: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:  # noqa: D105
-        for name in ("block_out_channels", "transformer_depth", "heads", "addition"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
-        for name in ("transformer_depth", "heads"):
-            if len(getattr(self, name)) != len(self.block_out_channels):
-                raise ValueError(
-                    f"{name} must have one entry per level of block_out_channels "
-                    f"{self.block_out_channels}, got {getattr(self, name)}"
-                )
+        levels = len(self.block_out_channels)
+        counts = dict.fromkeys(("block_out_channels", "transformer_depth", "heads"), levels)
+        counts["addition"] = 3
         for name, value in vars(self).items():
-            least = 0 if name == "transformer_depth" else 1
-            values = value if isinstance(value, tuple) else (value,)
-            if name not in ("linear_projection", "addition") and (
-                not values or any(type(v) is not int or v < least for v in values)
-            ):
-                raise ValueError(f"{name} must be integers of at least {least}, got {value!r}")
-        if self.addition is not None and (len(self.addition) != 3 or min(self.addition) < 1):
-            raise ValueError(f"addition must be three positive integers, got {self.addition}")
-        for level, c in enumerate(self.block_out_channels):
-            if c % self.norm_groups or c % self.heads[level]:
+            if name == "linear_projection" or (name == "addition" and value is None):
+                continue
+            count, least = counts.get(name), 0 if name == "transformer_depth" else 1
+            if count is not None:
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            values = (value,) if count is None else value
+            if len(values) != (count or 1) or min(values) < least:
+                wanted = f"{count or 1} numbers" if name in counts else "a number"
+                raise ValueError(f"{name} must be {wanted} >= {least}, got {value}")
+        for c, g in zip(self.block_out_channels, self.heads, strict=True):
+            if c % self.norm_groups or c % g:
                 raise ValueError(
-                    f"block_out_channels[{level}] = {c} must be a multiple of norm_groups "
-                    f"{self.norm_groups} and of heads[{level}] = {self.heads[level]}"
+                    "block_out_channels must be multiples of norm_groups and of the heads of their "
+                    f"level, got {c} with norm_groups {self.norm_groups} and {g} heads"
                 )
 
 
@@ -107,23 +102,21 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     Source: Ho et al. 2020 (arXiv 2006.11239); diffusers' flip_sin_to_cos=True, freq_shift=0.
     """
     half = width // 2
-    f = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(1e4) / half)
-    )
-    angle = t[:, None].float() * f
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t[:, None].float() * torch.exp(i * (-math.log(10000) / half))  # (m, half)
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
 def embedding(c_in: int, c: int) -> nn.Module:
-    """Linear, SiLU, Linear on an embedding."""
+    """Linear, SiLU, Linear."""
     layers = {"linear_1": nn.Linear(c_in, c), "act": nn.SiLU(), "linear_2": nn.Linear(c, c)}
     return nn.Sequential(OrderedDict(layers))
 
 
 class Attention(nn.Module):
-    """Multi-head attention softmax(q k^T / sqrt(d)) v of pixels over themselves or over a context.
+    """Multi-head softmax(q k^T / sqrt(d)) v of pixels (b, n, c) over themselves or a context.
 
-    The mask is boolean (True attends) or additive, (b, 1, t), as diffusers passes it.
+    The mask is (b, 1, t), as diffusers passes it: boolean (True attends) or additive.
     """
 
     def __init__(self, c: int, context_dim: int, heads: int) -> None:
@@ -144,7 +137,7 @@ class Attention(nn.Module):
         )
         mask = None if attention_mask is None else attention_mask[:, None]  # (b, 1, 1, t)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))  # (b, n, c)
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -184,9 +177,8 @@ class Transformer(nn.Module):
         self.linear = config.linear_projection
         self.norm = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c) if self.linear else nn.Conv2d(c, c, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(c, config.cross_attention_dim, heads) for _ in range(depth)
-        )
+        blocks = (TransformerBlock(c, config.cross_attention_dim, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(c, c) if self.linear else nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
@@ -219,41 +211,48 @@ class Resnet(nn.Module):
 
 
 def resample(c: int, stride: int) -> nn.Module:
-    """The convolution before (stride 2) or after (stride 1) which the resolution changes."""
+    """The convolution that halves the resolution, or (stride 1) follows its doubling."""
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(c, c, 3, stride=stride, padding=1)))
 
 
 class Block(nn.Module):
-    """The residual layers of a level, the first `attentions` of them followed by a transformer."""
+    """Layers of one level: each a Resnet, then a Transformer if its depth is not 0."""
 
     def __init__(
-        self, c_in: Sequence[int], level: int, attentions: int, depth: int, config: UNetConfig
+        self, c_in: Sequence[int], depths: Sequence[int], level: int, config: UNetConfig
     ) -> None:
         super().__init__()
         c, heads = config.block_out_channels[level], config.heads[level]
         self.resnets = nn.ModuleList(Resnet(c_layer, c, config) for c_layer in c_in)
-        self.attentions = nn.ModuleList(
-            Transformer(c, depth, heads, config) for _ in range(attentions)
-        )
-        self.downsamplers = nn.ModuleList()
-        self.upsamplers = nn.ModuleList()
+        transformers = (Transformer(c, depth, heads, config) for depth in depths if depth)
+        self.attentions = nn.ModuleList(transformers)
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
 
     def layer(self, i: int, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, context, mask) if i < len(self.attentions) else x
 
 
+def require(name: str, value: Tensor, *shape: int | None) -> None:
+    """Raise ValueError unless value has this shape, where None is any size."""
+    if len(shape) != value.ndim or any(
+        want not in (None, n) for want, n in zip(shape, value.shape, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
 class UNet(nn.Module):
     """Predict from a noisy latent, a timestep and a text context.
 
     Args:
-        config: the topology; `SD15`, `SD21`, `SDXL` or one's own.
+        config: the topology: `SD15`, `SD21`, `SDXL` or one's own.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         channels, layers = config.block_out_channels, config.layers_per_block
+        last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = embedding(channels[0], 4 * channels[0])
         if config.addition is not None:
@@ -262,29 +261,32 @@ class UNet(nn.Module):
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [channels[0]]
-        for level, c in enumerate(channels):
-            depth = config.transformer_depth[level]
+        for level, (c, depth) in enumerate(zip(channels, config.transformer_depth, strict=True)):
             c_in = (skips[-1], *[c] * (layers - 1))
-            block = Block(c_in, level, layers if depth else 0, depth, config)
+            self.down_blocks.append(Block(c_in, [depth] * layers, level, config))
             skips += [c] * layers
-            if level < len(channels) - 1:
-                block.downsamplers.append(resample(c, stride=2))
+            if level < last:
+                self.down_blocks[-1].downsamplers.append(resample(c, stride=2))
                 skips.append(c)
-            self.down_blocks.append(block)
-
-        c = channels[-1]
-        self.mid_block = Block((c, c), -1, 1, config.mid_depth, config)
-
+        self.mid_block = Block((c, c), (config.mid_depth, 0), last, config)
         for level in reversed(range(len(channels))):
-            depth, c_before, c = config.transformer_depth[level], c, channels[level]
-            c_in = [h + skips.pop() for h in (c_before, *[c] * layers)]
-            block = Block(c_in, level, layers + 1 if depth else 0, depth, config)
+            c_before, c, depth = c, channels[level], config.transformer_depth[level]
+            c_in = [c_layer + skips.pop() for c_layer in (c_before, *[c] * layers)]
+            self.up_blocks.append(Block(c_in, [depth] * (layers + 1), level, config))
             if level > 0:
-                block.upsamplers.append(resample(c, stride=1))
-            self.up_blocks.append(block)
+                self.up_blocks[-1].upsamplers.append(resample(c, stride=1))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def embed(self, t: Tensor, added: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+        width = self.config.block_out_channels[0]
+        emb = self.time_embedding(sinusoidal_embedding(t, width).to(dtype))
+        if added is not None:
+            pooled, ids = added
+            ids = sinusoidal_embedding(ids.flatten(), self.config.addition[2]).view(len(t), -1)
+            emb = emb + self.add_embedding(torch.cat([pooled, ids.to(pooled.dtype)], dim=1))
+        return F.silu(emb)  # every Resnet would begin with it
 
     def forward(
         self,
@@ -294,74 +296,53 @@ class UNet(nn.Module):
         added: tuple[Tensor, Tensor] | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Run the U-Net in the dtype of its weights; only sinusoids are computed in float32.
+        """Run in the dtype of the weights; only the sinusoids are computed in float32.
 
         Args:
-            x: (b, in_channels, H, W), any H and W: levels round up, and back to the same sizes.
-            t: timestep in training steps, a scalar or (b,).
+            x: (b, in_channels, H, W), any H and W: each level rounds up.
+            t: timestep, a number or (b,).
             context: (b, t, cross_attention_dim) text features.
-            added: (pooled text (b, pooled width), time ids (b, ids)) if the config has `addition`.
-            context_mask: (b, t) bool, False for tokens that cross-attention must not see. A row
-                without any True has no defined output.
+            added: (pooled text (b, width), time ids (b, ids)) where the config has `addition`.
+            context_mask: (b, t) bool, True for tokens to attend to, at least one in each row.
 
         Returns:
             (b, out_channels, H, W), dtype of x.
 
         Raises:
-            ValueError: a shape does not fit, or `added` is missing or not expected.
+            ValueError: a shape does not fit the config, or `added` is missing or not expected.
+            TypeError: the mask is not boolean.
         """
-        emb = F.silu(self.embed(x, t, added))  # every residual layer starts with this SiLU
-        if context.ndim != 3 or context.shape[::2] != (len(x), self.config.cross_attention_dim):
-            raise ValueError(
-                f"context must be ({len(x)}, t, {self.config.cross_attention_dim}), "
-                f"got {tuple(context.shape)}"
-            )
-        if context_mask is not None and context_mask.shape != context.shape[:2]:
-            raise ValueError(
-                f"context_mask must be {tuple(context.shape[:2])}, got {tuple(context_mask.shape)}"
-            )
-        mask = None if context_mask is None else context_mask[:, None]  # (b, 1, t)
+        b, config, t = len(x), self.config, torch.as_tensor(t, device=x.device)
+        require("x", x, b, config.in_channels, None, None)
+        require("t", t, *[b] * t.ndim)
+        require("context", context, b, None, config.cross_attention_dim)
+        if (added is None) != (config.addition is None):
+            raise ValueError(f"added is {added}, but the config has addition={config.addition}")
+        if added is not None:
+            require("pooled text", added[0], b, config.addition[0])
+            require("time ids", added[1], b, config.addition[1])
+        if context_mask is not None:
+            require("context_mask", context_mask, b, context.shape[1])
+            if context_mask.dtype != torch.bool:
+                raise TypeError(f"context_mask must be bool, got {context_mask.dtype}")
+            context_mask = context_mask[:, None]  # (b, 1, t)
 
+        emb = self.embed(t.expand(b), added, x.dtype)
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, emb, context, mask)
+                x = block.layer(i, x, emb, context, context_mask)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for i in range(2):
-            x = self.mid_block.layer(i, x, emb, context, mask)
+            x = self.mid_block.layer(i, x, emb, context, context_mask)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = block.layer(i, x, emb, context, context_mask)
             for upsample in block.upsamplers:
                 x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-    def embed(
-        self, x: Tensor, t: Tensor | float, added: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """Embed the timestep, and what SDXL adds to it: (b, 4 * block_out_channels[0])."""
-        b, config = len(x), self.config
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"x must be (b, {config.in_channels}, H, W), got {tuple(x.shape)}")
-        t = torch.as_tensor(t, device=x.device)
-        if t.shape not in ((), (1,), (b,)):
-            raise ValueError(f"t must be a scalar or ({b},), got {tuple(t.shape)}")
-        width = config.block_out_channels[0]
-        emb = self.time_embedding(sinusoidal_embedding(t.expand(b), width).to(x.dtype))
-        if (added is None) != (config.addition is None):
-            raise ValueError(f"added must be {'given' if config.addition else 'None'} for {config}")
-        if added is None:
-            return emb
-        pooled, ids = added
-        n_pooled, n_ids, width = config.addition
-        if pooled.shape != (b, n_pooled) or ids.shape != (b, n_ids):
-            raise ValueError(
-                f"added must be ({b}, {n_pooled}) and ({b}, {n_ids}), "
-                f"got {tuple(pooled.shape)} and {tuple(ids.shape)}"
-            )
-        ids = sinusoidal_embedding(ids.flatten(), width).unflatten(0, (b, n_ids)).flatten(1)
-        return emb + self.add_embedding(torch.cat([pooled, ids.to(x.dtype)], dim=1).to(x.dtype))
