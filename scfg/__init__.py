@@ -1,3 +1,16 @@
-"""Semantic-aware classifier-free guidance for diffusion U-Nets."""
+"""Semantic-aware classifier-free guidance for diffusion U-Nets.
+
+Shape letters, here and everywhere in the package: b batch, g heads, n pixels of an attention map
+(n = h*w), t text tokens, d width of a head, c channels, H W latent pixels, h w map pixels.
+
+One convention: ``eps_uncond + guidance_scale * rate * (eps_text - eps_uncond)``, arguments in the
+order (uncond, text); guidance_scale 1 is the text prediction, rate 1 everywhere is plain CFG.
+"""
+
+from scfg import sampling
+from scfg.config import SCFGConfig
+from scfg.guidance import Guided, cfg, semantic_cfg
+from scfg.wrapper import UNetWrapper, guided
 
 __version__ = "0.1.0"
+__all__ = ["Guided", "SCFGConfig", "UNetWrapper", "cfg", "guided", "sampling", "semantic_cfg"]

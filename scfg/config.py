@@ -18,7 +18,7 @@ class SCFGConfig:
         coarsest_reduction: Coarsest maps used, a power of two, at least ``map_reduction``. Levels
             between the two are all used, those the U-Net lacks are skipped. Code: 8.
         propagation: How self-attention S completes the cross-attention map C. ``"paper"``: mean of
-            S^p C, p = 1..``propagation_steps`` (paper, section 3.2). ``"official"``: (S + 3 S^2) C/4,
+            S^p C, p = 1..``propagation_steps`` (paper, section 3.2). ``"official"``: (S + 3SS)C/4,
             which the code computes, its loop never advancing past S^2. ``"none"``: C (ablation).
         propagation_steps: Number of powers of ``"paper"``, at least 1. Paper and code: 4.
         foreground: Branch whose START token marks the foreground: ``"uncond"`` (code), ``"cond"``.

@@ -89,6 +89,11 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
     return torch.cat([attention_map(tile, k, heads) @ _wide(columns) for tile in tiles], dim=1)
 
 
+def power_weights(propagation: str, steps: int) -> tuple[float, ...]:
+    """Weight of S^p C, p = 1, 2, ..., in `propagate`; empty for ``"none"``."""
+    return {"paper": (1 / steps,) * steps, "official": (1 / 4, 3 / 4), "none": ()}[propagation]
+
+
 def propagate(
     self_map: Tensor | None, columns: Tensor, propagation: str = "paper", steps: int = 4
 ) -> Tensor:
@@ -113,9 +118,8 @@ def propagate(
     if propagation == "none":
         return columns.clone()
     self_map = _wide(self_map)
-    weights = (1 / 4, 3 / 4) if propagation == "official" else (1 / steps,) * steps
     total = torch.zeros_like(columns)
-    for weight in weights:
+    for weight in power_weights(propagation, steps):
         columns = self_map @ columns
         total = total + weight * columns
     return total

@@ -1,0 +1,232 @@
+"""CFG and S-CFG as functions of two predictions."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scfg import ops
+from scfg.config import SCFGConfig
+from scfg.evidence import Evidence, find_reduction, fold, level_weights, map_grid
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Result of `semantic_cfg`.
+
+    Attributes:
+        eps: (b, c, H, W) guided prediction, in the type of eps_text.
+        rate: (b, 1, H, W) float32, multiplier of the guidance scale.
+        labels: (b, h, w) int64, token that owns each patch.
+        foreground: (b, h, w) bool.
+    """
+
+    eps: Tensor
+    rate: Tensor
+    labels: Tensor
+    foreground: Tensor
+
+
+def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> Tensor:
+    """The guidance scale as a (b,) float32 tensor on the device of eps.
+
+    Raises:
+        ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
+    """
+    b = eps.shape[0]
+    if not isinstance(guidance_scale, Tensor):
+        if not (math.isfinite(guidance_scale) and guidance_scale > 0):
+            raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
+        return torch.full((b,), float(guidance_scale), device=eps.device)
+    if guidance_scale.shape not in ((), (b,)):
+        raise ValueError(
+            f"guidance_scale must be a float or of shape ({b},), got {tuple(guidance_scale.shape)}"
+        )
+    scale = guidance_scale.to(eps.device, torch.float32).expand(b)
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"guidance_scale must be finite and > 0, got {scale.tolist()}")
+    return scale
+
+
+def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance: ``eps_uncond + guidance_scale * (eps_text - eps_uncond)``.
+
+    Args:
+        eps_uncond: (b, c, H, W).
+        eps_text: (b, c, H, W).
+        guidance_scale: Float or (b,) tensor, > 0; 1 is eps_text.
+
+    Returns:
+        (b, c, H, W) in the type of eps_text, computed in float32.
+
+    Raises:
+        ValueError: guidance_scale is not finite and > 0.
+    """
+    scale = as_scale(guidance_scale, eps_text)[:, None, None, None]
+    eps = eps_uncond.float() + scale * (eps_text.float() - eps_uncond.float())
+    return eps.to(eps_text.dtype)
+
+
+def find_regions(
+    text: Evidence, uncond: Evidence, config: SCFGConfig, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Labels and foreground from what the U-Net said in its two branches.
+
+    Args:
+        text: Evidence of the text branch, b rows.
+        uncond: Evidence of the unconditional branch, b rows.
+        config: Its foreground says whose START counts.
+        backend: See `scfg.ops`.
+
+    Returns:
+        labels (b, h, w) int64, foreground (b, h, w) bool.
+
+    Raises:
+        RuntimeError: The branches do not have the same levels.
+    """
+    if text.reductions != uncond.reductions or text.size != uncond.size:
+        raise RuntimeError(
+            f"both branches must be recorded alike, got levels {uncond.reductions} of size "
+            f"{uncond.size} (unconditional) and {text.reductions} of size {text.size} (text)"
+        )
+    tokens = [text.total(r) for r in text.reductions]
+    start = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else tokens
+    factors = [r // config.map_reduction for r in text.reductions]
+    h, w = map_grid(text.size, config.map_reduction)
+    return ops.segment(tokens, start, h, w, factors, backend)
+
+
+def guide_regions(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    labels: Tensor,
+    foreground: Tensor,
+    tokens: int,
+    guidance_scale: float | Tensor,
+    config: SCFGConfig,
+    backend: str = "auto",
+    token_weights: Tensor | None = None,
+) -> Guided:
+    """Steps 3 and 4 of the method: rates of given regions, and the guided prediction.
+
+    Args:
+        eps_uncond: (b, c, H, W).
+        eps_text: (b, c, H, W).
+        labels: (b, h, w) int64.
+        foreground: (b, h, w) bool.
+        tokens: t, labels are below it.
+        guidance_scale: Float or (b,) tensor, > 0.
+        config: Constants.
+        backend: See `scfg.ops`.
+        token_weights: (t,) or (b, t) multiplies the rate of each token's region, or None.
+
+    Returns:
+        Guided.
+    """
+    factor = config.map_reduction
+    scale = as_scale(guidance_scale, eps_text)
+    if token_weights is not None:
+        token_weights = token_weights.to(eps_text.device, torch.float32)
+        token_weights = token_weights.expand(eps_text.shape[0], -1)
+    predictions = (eps_uncond, eps_text, labels)
+    sums = ops.region_sums(*predictions, foreground, tokens, factor, backend)
+    limits = (config.benchmark, config.rate_min, config.rate_max, config.max_scale)
+    eps, rate = ops.guide(*predictions, sums, scale, factor, *limits, token_weights, backend)
+    return Guided(eps, rate, labels, foreground)
+
+
+def guide_evidence(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    uncond: Evidence,
+    text: Evidence,
+    guidance_scale: float | Tensor,
+    config: SCFGConfig,
+    backend: str = "auto",
+    token_weights: Tensor | None = None,
+) -> Guided:
+    """`find_regions`, then `guide_regions`."""
+    labels, foreground = find_regions(text, uncond, config, backend)
+    tokens = text.total(text.reductions[0]).shape[-1] - 1
+    regions = (labels, foreground, tokens)
+    return guide_regions(
+        eps_uncond, eps_text, *regions, guidance_scale, config, backend, token_weights
+    )
+
+
+def semantic_cfg(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    self_maps: list[Tensor],
+    cross_maps: list[Tensor],
+    guidance_scale: float | Tensor,
+    config: SCFGConfig = SCFGConfig(),  # noqa: B008  (frozen)
+    backend: str = "auto",
+    token_weights: Tensor | None = None,
+) -> Guided:
+    """Semantic-aware classifier-free guidance of one denoising step.
+
+    ``eps = eps_uncond + guidance_scale * rate * (eps_text - eps_uncond)``, rate being constant, but
+    for a 3 x 3 blur, on each region of the latent that the text branch's attention gives to one
+    token. The same whether the predictions are noise, v, x0 or flow velocity: at one step their
+    differences are proportional, and rates are ratios.
+
+    Args:
+        eps_uncond: (b, c, H, W).
+        eps_text: (b, c, H, W).
+        self_maps: One (2b, n, n) per layer, head-mean probabilities, unconditional rows first. n
+            must be ceil(H/r) * ceil(W/r) for a power of two r; layers at other r than config's are
+            left out.
+        cross_maps: One (2b, n, t) per layer; token 0 is START.
+        guidance_scale: Float or (b,) tensor, > 0.
+        config: Constants.
+        backend: See `scfg.ops`.
+        token_weights: (t,) or (b, t) multiplies the rate of each token's region, or None.
+
+    Returns:
+        Guided: eps, rate, labels, foreground. Statistics are accumulated in float32.
+
+    Raises:
+        ValueError: Wrong shape, NaN or infinity, a scale <= 0, or no layer at a chosen resolution.
+        TypeError: Not floating point tensors.
+
+    Source: Shen et al., CVPR 2024, arXiv 2404.05384; see `SCFGConfig` for where the code differs.
+    """
+    if len(self_maps) != len(cross_maps) or not self_maps:
+        raise ValueError(
+            "self_maps and cross_maps must have one entry per layer, at least one, "
+            f"got {len(self_maps)} and {len(cross_maps)}"
+        )
+    ops.check_predictions(eps_uncond, eps_text)
+    b, size = eps_text.shape[0], tuple(eps_text.shape[-2:])
+    branches = Evidence(size), Evidence(size)
+    weights = {r: v.to(eps_text.device) for r, v in level_weights(size, config).items()}
+    powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
+    for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
+        ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
+        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, cross_map.shape[1])
+        n, t = cross_map.shape[1:]
+        if t != cross_maps[0].shape[2]:
+            raise ValueError(
+                f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"
+            )
+        reduction = find_reduction(size, n, config.reductions)
+        if reduction is None:
+            if find_reduction(size, n, powers) is None:
+                raise ValueError(
+                    f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "
+                    f"(H, W) = {size}, got {n}"
+                )
+            continue
+        for branch, rows in zip(branches, (slice(0, b), slice(b, 2 * b)), strict=True):
+            maps = (self_map[rows], cross_map[rows], weights[reduction])
+            fold(branch, reduction, *maps, config, backend)
+    if not branches[0].levels:
+        raise ValueError(
+            f"self_maps must hold a layer at one of the reductions {config.reductions} of a latent "
+            f"of size {size}, got n = {[m.shape[1] for m in self_maps]}"
+        )
+    settings = (guidance_scale, config, backend, token_weights)
+    return guide_evidence(eps_uncond, eps_text, *branches, *settings)

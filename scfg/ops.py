@@ -1,0 +1,262 @@
+"""The same operations, checked once, then sent to torch or to Triton.
+
+Each function here has the parameters of its namesake in `scfg.reference`, whose docstring is the
+definition, plus ``backend``:
+
+- ``"auto"``: a `torch.library` custom op, ``torch.ops.scfg.<name>``: the reference on a CPU, Triton
+  on CUDA when triton is installed (else the reference). Opaque to and usable under torch.compile.
+- ``"torch"``: the reference itself, on any device; the only differentiable choice.
+- ``"triton"``: Triton or an error.
+
+On a CPU tensors are checked for NaN and infinity; on other devices that would wait for the device,
+so there a NaN stays in the image it came from.
+"""
+
+import torch
+from torch import Tensor
+
+from scfg import reference
+from scfg.library import contiguous, has_triton, interpreting, kernel
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def _send(name: str, backend: str, *args):
+    """Run one operation on the chosen backend, outside autocast."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
+    device = tensors[0].device
+    if any(x.device != device for x in tensors):
+        raise ValueError(
+            f"{name} needs tensors on one device, got {[str(x.device) for x in tensors]}"
+        )
+    with torch.autocast(device.type, enabled=False):
+        if backend == "torch":
+            return getattr(reference, name)(*args)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise RuntimeError(
+                f"{name} got a tensor that requires grad; backend {backend!r} is for inference: "
+                "call it under torch.no_grad(), or use backend='torch', which is differentiable"
+            )
+        if backend == "triton" and not has_triton():
+            raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
+        if backend == "triton" and device.type != "cuda":
+            if not interpreting():
+                raise RuntimeError(
+                    f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
+                    "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
+                )
+            return kernel(name)(*map(contiguous, args))
+        return getattr(torch.ops.scfg, name)(*args)
+
+
+def _shape(x: Tensor, name: str, *expected: int | str) -> None:
+    """Raise unless x is a floating tensor of the given sizes; a letter stands for any size."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    fits = x.dim() == len(expected) and all(
+        isinstance(want, str) or want == size for want, size in zip(expected, x.shape, strict=True)
+    )
+    if not fits:
+        want = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name} must have shape ({want}), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def _finite(x: Tensor, name: str) -> None:
+    """Raise if a CPU tensor holds NaN or infinity; says in which image."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"{name} must be finite, got NaN or infinity in batch rows {bad}")
+
+
+def _floating(x: Tensor, name: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}")
+
+
+def _check_qk(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None:
+    _shape(q, "q" + suffix, "b", "n", "g*d")
+    _shape(k, "k" + suffix, q.shape[0], "m", q.shape[2])
+    _floating(q, "q" + suffix)
+    if q.dtype != k.dtype:
+        raise TypeError(f"q{suffix} and k{suffix} must have one dtype, got {q.dtype} and {k.dtype}")
+    if heads < 1 or q.shape[2] % heads:
+        raise ValueError(f"heads must divide the width {q.shape[2]} of q{suffix}, got {heads}")
+
+
+def attention_map(
+    q: Tensor, k: Tensor, heads: int, key_bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Attention probabilities averaged over heads, see `scfg.reference.attention_map`."""
+    _check_qk(q, k, heads)
+    if key_bias is not None:
+        _shape(key_bias, "key_bias", q.shape[0], k.shape[1])
+    return _send("attention_map", backend, q, k, heads, key_bias)
+
+
+def attention_maps(
+    q_self: Tensor,
+    k_self: Tensor,
+    q_cross: Tensor,
+    k_cross: Tensor,
+    heads: int,
+    key_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Self- and cross-attention map of one block, see `scfg.reference.attention_maps`."""
+    _check_qk(q_self, k_self, heads, "_self")
+    _check_qk(q_cross, k_cross, heads, "_cross")
+    _shape(q_cross, "q_cross", *q_self.shape)
+    if key_bias is not None:
+        _shape(key_bias, "key_bias", q_cross.shape[0], k_cross.shape[1])
+    return _send("attention_maps", backend, q_self, k_self, q_cross, k_cross, heads, key_bias)
+
+
+def attention_apply(
+    q: Tensor, k: Tensor, columns: Tensor, heads: int, backend: str = "auto"
+) -> Tensor:
+    """Head-mean self-attention times columns, see `scfg.reference.attention_apply`."""
+    _check_qk(q, k, heads)
+    _shape(columns, "columns", q.shape[0], k.shape[1], "t")
+    return _send("attention_apply", backend, q, k, columns, heads)
+
+
+def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation: str, steps: int):
+    _shape(columns, name, "b", "n", "t")
+    _floating(columns, name)
+    if propagation not in ("paper", "official", "none"):
+        raise ValueError(f"propagation must be 'paper', 'official' or 'none', got {propagation!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    if propagation == "none":
+        return
+    if self_map is None:
+        raise ValueError(f"self_map must be a tensor when propagation is {propagation!r}, got None")
+    b, n, _ = columns.shape
+    _shape(self_map, "self_map", b, n, n)
+    _floating(self_map, "self_map")
+
+
+def propagate(
+    self_map: Tensor | None,
+    columns: Tensor,
+    propagation: str = "paper",
+    steps: int = 4,
+    backend: str = "auto",
+) -> Tensor:
+    """Complete token maps through self-attention, see `scfg.reference.propagate`."""
+    _check_maps(self_map, columns, "columns", propagation, steps)
+    return _send("propagate", backend, self_map, columns, propagation, steps)
+
+
+def complete(
+    self_map: Tensor | None,
+    cross_map: Tensor,
+    weights: Tensor,
+    total: Tensor | None = None,
+    propagation: str = "paper",
+    steps: int = 4,
+    backend: str = "auto",
+) -> Tensor:
+    """Fold one layer into the evidence of its level, see `scfg.reference.complete`."""
+    _check_maps(self_map, cross_map, "cross_map", propagation, steps)
+    b, n, t = cross_map.shape
+    _shape(weights, "weights", n)
+    if total is not None:
+        _shape(total, "total", b, n, t + 1)
+    return _send("complete", backend, self_map, cross_map, weights, total, propagation, steps)
+
+
+def segment(
+    tokens: list[Tensor],
+    start: list[Tensor],
+    h: int,
+    w: int,
+    factors: list[int],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Labels and foreground from the evidence of all levels, see `scfg.reference.segment`."""
+    if not tokens or not len(tokens) == len(start) == len(factors):
+        raise ValueError(
+            "tokens, start and factors must have one entry per level, at least one, "
+            f"got {len(tokens)}, {len(start)} and {len(factors)}"
+        )
+    for name, levels in (("tokens", tokens), ("start", start)):
+        for level, (x, factor) in enumerate(zip(levels, factors, strict=True)):
+            n = -(-h // factor) * -(-w // factor)
+            _shape(x, f"{name}[{level}]", tokens[0].shape[0], n, levels[0].shape[2])
+            _finite(x, f"{name}[{level}] (evidence of the attention maps)")
+    return _send("segment", backend, list(tokens), list(start), h, w, list(factors))
+
+
+def check_map(x: Tensor, name: str, b: int, n: int | str = "n", m: int | str = "t") -> None:
+    """Raise unless x is a finite (b, n, m) attention map."""
+    _shape(x, name, b, n, m)
+    _floating(x, name)
+    _finite(x, name)
+
+
+def check_predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
+    """Raise unless both are finite floating point tensors of one shape (b, c, H, W)."""
+    _shape(eps_text, "eps_text", "b", "c", "H", "W")
+    _shape(eps_uncond, "eps_uncond", *eps_text.shape)
+    for name, x in (("eps_uncond", eps_uncond), ("eps_text", eps_text)):
+        _floating(x, name)
+        _finite(x, name)
+
+
+def _check_labels(eps_text: Tensor, labels: Tensor, factor: int) -> None:
+    b, _, height, width = eps_text.shape
+    _shape(labels, "labels", b, -(-height // factor), -(-width // factor))
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+
+
+def region_sums(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    labels: Tensor,
+    foreground: Tensor,
+    tokens: int,
+    factor: int,
+    backend: str = "auto",
+) -> Tensor:
+    """Sums of the guidance norm over regions, see `scfg.reference.region_sums`."""
+    check_predictions(eps_uncond, eps_text)
+    _check_labels(eps_text, labels, factor)
+    _shape(foreground, "foreground", *labels.shape)
+    return _send("region_sums", backend, eps_uncond, eps_text, labels, foreground, tokens, factor)
+
+
+def guide(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    labels: Tensor,
+    sums: Tensor,
+    guidance_scale: Tensor,
+    factor: int,
+    benchmark: str = "foreground",
+    rate_min: float = 0.8,
+    rate_max: float = 3.0,
+    max_scale: float | None = 15.0,
+    token_weights: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rates of the regions and the guided prediction, see `scfg.reference.guide`."""
+    check_predictions(eps_uncond, eps_text)
+    _check_labels(eps_text, labels, factor)
+    b = eps_uncond.shape[0]
+    _shape(sums, "sums", b, "p", "t+1", 2)
+    _shape(guidance_scale, "guidance_scale", b)
+    if token_weights is not None:
+        _shape(token_weights, "token_weights", b, sums.shape[2] - 1)
+    args = (eps_uncond, eps_text, labels, sums, guidance_scale, factor)
+    limits = (benchmark, float(rate_min), float(rate_max))
+    cap = None if max_scale is None else float(max_scale)
+    return _send("guide", backend, *args, *limits, cap, token_weights)
