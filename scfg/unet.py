@@ -11,7 +11,6 @@ et al. 2023 (arXiv 2307.01952). Names, epsilons and rounding of sizes are those 
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +23,7 @@ class UNetConfig:
     """Topology of a `UNet`. Tuples have one entry per level, finest first (lists are converted).
 
     Args:
-        in_channels: channels of the latent.
-        out_channels: channels of the prediction.
+        in_channels, out_channels: channels of the latent and of the prediction.
         block_out_channels: feature channels; each level halves the resolution of the one before.
         transformer_depth: transformer blocks per attention layer; 0: no attention at that level.
         mid_depth: transformer blocks in the middle, at the coarsest level; at least 1.
@@ -54,26 +52,23 @@ class UNetConfig:
     addition: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:  # noqa: D105
-        levels = len(self.block_out_channels)
+        levels = len(self.block_out_channels) or 1
         counts = dict.fromkeys(("block_out_channels", "transformer_depth", "heads"), levels)
         counts["addition"] = 3
         for name, value in vars(self).items():
-            if name == "linear_projection" or (name == "addition" and value is None):
+            if value is None:
                 continue
-            count, least = counts.get(name), 0 if name == "transformer_depth" else 1
-            if count is not None:
-                value = tuple(value)
-                object.__setattr__(self, name, value)
-            values = (value,) if count is None else value
-            if len(values) != (count or 1) or min(values) < least:
-                wanted = f"{count or 1} numbers" if name in counts else "a number"
-                raise ValueError(f"{name} must be {wanted} >= {least}, got {value}")
+            values = tuple(value) if name in counts else (value,)
+            if name in counts:
+                object.__setattr__(self, name, values)
+            count = counts.get(name, 1)
+            least = 0 if name in ("transformer_depth", "linear_projection") else 1
+            if len(values) != count or min(values) < least:
+                raise ValueError(f"{name} must be {count} number(s) >= {least}, got {value}")
         for c, g in zip(self.block_out_channels, self.heads, strict=True):
             if c % self.norm_groups or c % g:
-                raise ValueError(
-                    "block_out_channels must be multiples of norm_groups and of the heads of their "
-                    f"level, got {c} with norm_groups {self.norm_groups} and {g} heads"
-                )
+                factors = f"norm_groups = {self.norm_groups} and heads = {g}"
+                raise ValueError(f"block_out_channels must be multiples of {factors}, got {c}")
 
 
 SD15 = UNetConfig()
@@ -90,16 +85,9 @@ SDXL = UNetConfig(
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
-    """Embed numbers as [cos(t f), sin(t f)], f_i = 10000^(-i / (width // 2)), in float32.
+    """Embed (m,) numbers as [cos(t f), sin(t f)], f_i = 10000^(-i / (width // 2)): (m, width).
 
-    Args:
-        t: (m,) timesteps, fractional ones allowed.
-        width: features per number; an odd width ends in a zero.
-
-    Returns:
-        (m, width), float32.
-
-    Source: Ho et al. 2020 (arXiv 2006.11239); diffusers' flip_sin_to_cos=True, freq_shift=0.
+    Computed in float32; an odd width ends in a zero. Source: Ho et al. 2020 (arXiv 2006.11239).
     """
     half = width // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -107,9 +95,15 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
-def embedding(c_in: int, c: int) -> nn.Module:
-    """Linear, SiLU, Linear."""
-    layers = {"linear_1": nn.Linear(c_in, c), "act": nn.SiLU(), "linear_2": nn.Linear(c, c)}
+def require(name: str, value: Tensor, *shape: int | None) -> None:
+    """Raise ValueError unless value has this shape, where None is any size."""
+    wrong = (want not in (None, n) for want, n in zip(shape, value.shape, strict=False))
+    if value.ndim != len(shape) or any(wrong):
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def named(**layers: nn.Module) -> nn.Sequential:
+    """Sequential whose layers have names."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -161,7 +155,7 @@ class TransformerBlock(nn.Module):
         self.attn1 = Attention(c, c, heads)
         self.attn2 = Attention(c, context_dim, heads)
         net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
-        self.ff = nn.Sequential(OrderedDict(net=net))
+        self.ff = named(net=net)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -210,17 +204,10 @@ class Resnet(nn.Module):
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-def resample(c: int, stride: int) -> nn.Module:
-    """The convolution that halves the resolution, or (stride 1) follows its doubling."""
-    return nn.Sequential(OrderedDict(conv=nn.Conv2d(c, c, 3, stride=stride, padding=1)))
-
-
 class Block(nn.Module):
     """Layers of one level: each a Resnet, then a Transformer if its depth is not 0."""
 
-    def __init__(
-        self, c_in: Sequence[int], depths: Sequence[int], level: int, config: UNetConfig
-    ) -> None:
+    def __init__(self, c_in: list[int], depths: list[int], level: int, config: UNetConfig) -> None:
         super().__init__()
         c, heads = config.block_out_channels[level], config.heads[level]
         self.resnets = nn.ModuleList(Resnet(c_layer, c, config) for c_layer in c_in)
@@ -233,51 +220,43 @@ class Block(nn.Module):
         return self.attentions[i](x, context, mask) if i < len(self.attentions) else x
 
 
-def require(name: str, value: Tensor, *shape: int | None) -> None:
-    """Raise ValueError unless value has this shape, where None is any size."""
-    if len(shape) != value.ndim or any(
-        want not in (None, n) for want, n in zip(shape, value.shape, strict=True)
-    ):
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-
-
 class UNet(nn.Module):
-    """Predict from a noisy latent, a timestep and a text context.
-
-    Args:
-        config: the topology: `SD15`, `SD21`, `SDXL` or one's own.
-    """
+    """Predict from a noisy latent, a timestep and a text context."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         channels, layers = config.block_out_channels, config.layers_per_block
-        last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = embedding(channels[0], 4 * channels[0])
+        self.time_embedding = self.mlp(channels[0])
         if config.addition is not None:
             pooled, ids, width = config.addition
-            self.add_embedding = embedding(pooled + ids * width, 4 * channels[0])
+            self.add_embedding = self.mlp(pooled + ids * width)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [channels[0]]
         for level, (c, depth) in enumerate(zip(channels, config.transformer_depth, strict=True)):
-            c_in = (skips[-1], *[c] * (layers - 1))
-            self.down_blocks.append(Block(c_in, [depth] * layers, level, config))
+            c_in = [skips[-1]] + [c] * (layers - 1)
+            block = Block(c_in, [depth] * layers, level, config)
             skips += [c] * layers
-            if level < last:
-                self.down_blocks[-1].downsamplers.append(resample(c, stride=2))
+            if level < len(channels) - 1:
+                block.downsamplers.append(named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 skips.append(c)
-        self.mid_block = Block((c, c), (config.mid_depth, 0), last, config)
+            self.down_blocks.append(block)
+        self.mid_block = Block([c, c], [config.mid_depth, 0], level, config)
         for level in reversed(range(len(channels))):
             c_before, c, depth = c, channels[level], config.transformer_depth[level]
-            c_in = [c_layer + skips.pop() for c_layer in (c_before, *[c] * layers)]
-            self.up_blocks.append(Block(c_in, [depth] * (layers + 1), level, config))
+            c_in = [c_layer + skips.pop() for c_layer in [c_before] + [c] * layers]
+            block = Block(c_in, [depth] * (layers + 1), level, config)
             if level > 0:
-                self.up_blocks[-1].upsamplers.append(resample(c, stride=1))
-
+                block.upsamplers.append(named(conv=nn.Conv2d(c, c, 3, padding=1)))
+            self.up_blocks.append(block)
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def mlp(self, c_in: int) -> nn.Sequential:
+        c = 4 * self.config.block_out_channels[0]
+        return named(linear_1=nn.Linear(c_in, c), act=nn.SiLU(), linear_2=nn.Linear(c, c))
 
     def embed(self, t: Tensor, added: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
         width = self.config.block_out_channels[0]
@@ -314,7 +293,7 @@ class UNet(nn.Module):
         """
         b, config, t = len(x), self.config, torch.as_tensor(t, device=x.device)
         require("x", x, b, config.in_channels, None, None)
-        require("t", t, *[b] * t.ndim)
+        require("t", t, *[b] * (t.ndim > 0))
         require("context", context, b, None, config.cross_attention_dim)
         if (added is None) != (config.addition is None):
             raise ValueError(f"added is {added}, but the config has addition={config.addition}")
@@ -328,21 +307,17 @@ class UNet(nn.Module):
             context_mask = context_mask[:, None]  # (b, 1, t)
 
         emb = self.embed(t.expand(b), added, x.dtype)
-        x = self.conv_in(x)
-        skips = [x]
+        skips = [x := self.conv_in(x)]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, emb, context, context_mask)
-                skips.append(x)
+                skips.append(x := block.layer(i, x, emb, context, context_mask))
             for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
+                skips.append(x := downsample(x))
         for i in range(2):
             x = self.mid_block.layer(i, x, emb, context, context_mask)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = torch.cat([x, skips.pop()], dim=1)
-                x = block.layer(i, x, emb, context, context_mask)
+                x = block.layer(i, torch.cat([x, skips.pop()], 1), emb, context, context_mask)
             for upsample in block.upsamplers:
                 x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
