@@ -1,0 +1,295 @@
+"""Head-mean attention maps straight from q and k, or applied to columns without forming them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.launch import on_device_of, refuse_gradients
+
+SHAPES = (  # n, heads, d, t of the layers recorded at their usual sizes
+    (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77),  # SD 1.5 at 512 and 1024
+    (576, 20, 64, 77), (144, 20, 64, 77),  # SD 2.1 at 768
+    (1024, 20, 64, 77),  # SDXL at 1024
+    (256, 2, 24, 16), (64, 2, 48, 16),  # the embedded model
+)  # fmt: skip
+
+
+@triton.jit
+def _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m,
+            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Scores of one head, (BLOCK_M, BLOCK_N) float32, -inf beyond the last key.
+
+    The head is read in chunks of BLOCK_D, so a width of 40 or 160 needs no power of two. float32
+    inputs take three tf32 products: float32 accuracy on tensor cores, where "ieee" would use none
+    and spill registers.
+    """
+    scores = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        ds = start + tl.arange(0, BLOCK_D)
+        q_at = rows[:, None] * (HEADS * D) + (head * D + ds)[None, :]
+        k_at = keys[None, :] * (HEADS * D) + (head * D + ds)[:, None]
+        q = tl.load(q_ptr + q_at, mask=(rows < n)[:, None] & (ds < D)[None, :], other=0.0)
+        k = tl.load(k_ptr + k_at, mask=(keys < m)[None, :] & (ds < D)[:, None], other=0.0)
+        scores = tl.dot(q, k, scores, input_precision="tf32x3")
+    scores *= D**-0.5
+    if bias_ptr is not None:
+        scores += tl.load(bias_ptr + keys, mask=keys < m, other=0.0).to(tl.float32)[None, :]
+    return tl.where((keys < m)[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, HEADS: tl.constexpr, D: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                        HEADS_P2: tl.constexpr):  # fmt: skip
+    """Largest score and 1 / (heads * sum of exponentials) of each row and head, kept in registers.
+
+    Two (BLOCK_M, HEADS_P2) blocks: no scratch memory and no barrier between the passes.
+    """
+    heads = tl.arange(0, HEADS_P2)[None, :]
+    tops = tl.zeros((rows.shape[0], HEADS_P2), tl.float32)
+    shares = tl.zeros((rows.shape[0], HEADS_P2), tl.float32)
+    for head in range(HEADS):
+        top = tl.full((rows.shape[0],), float("-inf"), tl.float32)
+        mass = tl.zeros((rows.shape[0],), tl.float32)
+        for start in range(0, m, BLOCK_N):
+            keys = start + tl.arange(0, BLOCK_N)
+            scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
+            new = tl.maximum(top, tl.max(scores, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)  # every key so far is masked
+            mass = mass * tl.exp(top - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
+            top = new
+        tops = tl.where(heads == head, top[:, None], tops)
+        shares = tl.where(heads == head, (1.0 / (mass * HEADS))[:, None], shares)
+    return tops, shares
+
+
+@triton.jit
+def _mean_probabilities(q_ptr, k_ptr, bias_ptr, tops, shares, rows, keys, n, m,
+                        HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """One (BLOCK_M, BLOCK_N) block of the map, given the statistics of its rows."""
+    heads = tl.arange(0, tops.shape[1])[None, :]
+    total = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
+    for head in range(HEADS):
+        top = tl.sum(tl.where(heads == head, tops, 0.0), 1)
+        share = tl.sum(tl.where(heads == head, shares, 0.0), 1)
+        scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
+        total += tl.exp(scores - top[:, None]) * share[:, None]
+    return total
+
+
+@triton.jit
+def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, tile, n, m,
+              HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_D: tl.constexpr, HEADS_P2: tl.constexpr, ONE_PASS: tl.constexpr):  # fmt: skip
+    """BLOCK_M rows of one map: scores of all keys at once if they fit, else in two passes."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_ptr += image * n * (HEADS * D)
+    k_ptr += image * m * (HEADS * D)
+    if bias_ptr is not None:
+        bias_ptr += image * m
+    out_ptr += (image * n + tile * BLOCK_M) * m
+    out = out_ptr + (tl.arange(0, BLOCK_M) * m)[:, None]
+    if ONE_PASS:
+        keys = tl.arange(0, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for head in range(HEADS):
+            scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
+            p = tl.exp(scores - tl.max(scores, 1)[:, None])
+            total += p * (1.0 / (tl.sum(p, 1) * HEADS))[:, None]
+        tl.store(out + keys[None, :], total, mask=(rows < n)[:, None] & (keys < m)[None, :])
+    else:
+        tops, shares = _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, HEADS, D, BLOCK_N,
+                                           BLOCK_D, HEADS_P2)  # fmt: skip
+        for start in range(0, m, BLOCK_N):
+            keys = start + tl.arange(0, BLOCK_N)
+            total = _mean_probabilities(q_ptr, k_ptr, bias_ptr, tops, shares, rows, keys, n, m,
+                                        HEADS, D, BLOCK_D)  # fmt: skip
+            tl.store(out + keys[None, :], total, mask=(rows < n)[:, None] & (keys < m)[None, :])
+
+
+@triton.jit
+def _attention_map_kernel(q_ptr, k_ptr, bias_ptr, out_ptr, n, m,
+                          HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEADS_P2: tl.constexpr,
+                          ONE_PASS: tl.constexpr):  # fmt: skip
+    """BLOCK_M rows of the map of one image, all heads.
+
+    Grid (ceil(n / BLOCK_M), b). q is read once (ONE_PASS), k once per program (from the cache: a
+    few MB at most), the map written once. Block sizes: see `_blocks`.
+    """
+    _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, tl.program_id(1).to(tl.int64), tl.program_id(0),
+              n, m, HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, HEADS_P2, ONE_PASS)  # fmt: skip
+
+
+@triton.jit
+def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bias_ptr,
+                           self_ptr, cross_ptr, n, t,
+                           HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                           BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+                           HEADS_P2: tl.constexpr, ONE_PASS: tl.constexpr,
+                           ONE_PASS_T: tl.constexpr):  # fmt: skip
+    """BLOCK_M rows of the self map or of the cross map of one image, all heads.
+
+    Grid (2 * ceil(n / BLOCK_M), b): the self tiles, which take longest, come first. Reads, writes
+    and block sizes as in `_attention_map_kernel`.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(n, BLOCK_M)
+    if tile < tiles:
+        _map_rows(q_self_ptr, k_self_ptr, None, self_ptr, image, tile, n, n,
+                  HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, HEADS_P2, ONE_PASS)  # fmt: skip
+    else:
+        _map_rows(q_cross_ptr, k_cross_ptr, bias_ptr, cross_ptr, image, tile - tiles, n, t,
+                  HEADS, D, BLOCK_M, BLOCK_T, BLOCK_D, HEADS_P2, ONE_PASS_T)  # fmt: skip
+
+
+@triton.jit
+def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, t,
+                            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                            BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+                            HEADS_P2: tl.constexpr):  # fmt: skip
+    """BLOCK_M rows and BLOCK_T columns of (head-mean attention) @ columns of one image.
+
+    Grid (ceil(n / BLOCK_M), ceil(t / BLOCK_T), b). Two passes over the keys: the second adds up the
+    probabilities of all heads before the one float32 product with the columns, which, done per
+    head, would cost more than scoring twice. k is read twice and the columns once per program, the
+    result written once. Block sizes: see `_apply_blocks`.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    q_ptr += image * n * (HEADS * D)
+    k_ptr += image * n * (HEADS * D)
+    columns_ptr += image * n * t
+    out_ptr += image * n * t
+    tops, shares = _softmax_statistics(q_ptr, k_ptr, None, rows, n, n, HEADS, D, BLOCK_N, BLOCK_D,
+                                       HEADS_P2)  # fmt: skip
+    out = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
+    for start in range(0, n, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        p = _mean_probabilities(q_ptr, k_ptr, None, tops, shares, rows, keys, n, n, HEADS, D,
+                                BLOCK_D)  # fmt: skip
+        inside = (keys < n)[:, None] & (cols < t)[None, :]
+        columns = tl.load(columns_ptr + keys[:, None] * t + cols[None, :], mask=inside, other=0.0)
+        out = tl.dot(p, columns.to(tl.float32), out, input_precision="tf32x3")
+    inside = (rows < n)[:, None] & (cols < t)[None, :]
+    tl.store(out_ptr + rows[:, None] * t + cols[None, :], out, mask=inside)
+
+
+def _blocks(n: int, d: int, heads: int, itemsize: int, *keys: int) -> tuple[int, list, dict]:
+    """Rows per program, (keys per block, one pass?) of each map, and the other launch options.
+
+    About 64 row tiles an image, 16 to 64 rows each: what a program can take in of k per second
+    limits these kernels more than arithmetic, so small maps are spread over many programs. Scores
+    of all keys stay in registers up to 16384 a program (two such blocks: 128 registers a thread of
+    8 warps): 1024 keys for 16 rows. Beyond, two passes over half that size.
+    BLOCK_D is the widest chunk of a head of which two stages of q and k fit 96 KiB of shared
+    memory. None of this depends on b: an image's result does not depend on its neighbours.
+    """
+    rows = min(max(triton.next_power_of_2(n) // 64, 16), 64)
+    widest = max(triton.next_power_of_2(m) for m in keys)
+    if 16 * widest <= 16384:
+        rows = min(rows, 16384 // widest)
+    sizes = [max(16, triton.next_power_of_2(m)) for m in keys]
+    columns = [(m, True) if rows * m <= 16384 else (8192 // rows, False) for m in sizes]
+    area = max(rows + m for m, _ in columns) * itemsize
+    chunk = min(64, max(16, triton.next_power_of_2(d)))
+    while chunk > 16 and 2 * area * chunk > 98304:
+        chunk //= 2
+    options = dict(
+        HEADS=heads, D=d, BLOCK_D=chunk, HEADS_P2=triton.next_power_of_2(heads),
+        num_warps=8 if rows * max(m for m, _ in columns) >= 8192 else 4,
+        num_stages=max(1, min(3, 98304 // (area * chunk))))  # fmt: skip
+    return rows, columns, options
+
+
+def attention_map(q: Tensor, k: Tensor, heads: int, key_bias: Tensor | None = None) -> Tensor:
+    """Attention probabilities, averaged over heads, in one launch.
+
+    Twin of `scfg.reference.attention_map`: contiguous float16, bfloat16 or float32 inputs, float32
+    scores and result (b, n, m).
+
+    Raises:
+        RuntimeError: An input requires grad.
+    """
+    refuse_gradients("attention_map", q, k, key_bias)
+    (b, n, width), m = q.shape, k.shape[1]
+    rows, [(keys, one_pass)], options = _blocks(n, width // heads, heads, q.element_size(), m)
+    out = q.new_empty((b, n, m), dtype=torch.float32)
+    with on_device_of(q):
+        _attention_map_kernel[(triton.cdiv(n, rows), b)](
+            q, k, key_bias, out, n, m, BLOCK_M=rows, BLOCK_N=keys, ONE_PASS=one_pass,
+            **options)  # fmt: skip
+    return out
+
+
+def attention_maps(
+    q_self: Tensor,
+    k_self: Tensor,
+    q_cross: Tensor,
+    k_cross: Tensor,
+    heads: int,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Self- and cross-attention map of one transformer block, both in one launch.
+
+    Twin of `scfg.reference.attention_maps`: contiguous inputs of one type, float32 scores and
+    results (b, n, n) and (b, n, t).
+
+    Raises:
+        RuntimeError: An input requires grad.
+    """
+    refuse_gradients("attention_maps", q_self, k_self, q_cross, k_cross, key_bias)
+    (b, n, width), t = q_self.shape, k_cross.shape[1]
+    rows, columns, options = _blocks(n, width // heads, heads, q_self.element_size(), n, t)
+    (keys, one_pass), (keys_t, one_pass_t) = columns
+    self_map = q_self.new_empty((b, n, n), dtype=torch.float32)
+    cross_map = q_self.new_empty((b, n, t), dtype=torch.float32)
+    with on_device_of(q_self):
+        _attention_maps_kernel[(2 * triton.cdiv(n, rows), b)](
+            q_self, k_self, q_cross, k_cross, key_bias, self_map, cross_map, n, t, BLOCK_M=rows,
+            BLOCK_N=keys, BLOCK_T=keys_t, ONE_PASS=one_pass, ONE_PASS_T=one_pass_t,
+            **options)  # fmt: skip
+    return self_map, cross_map
+
+
+def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor:
+    """Head-mean self-attention times columns, the map itself never formed, in one launch.
+
+    Twin of `scfg.reference.attention_apply`: contiguous inputs, q and k of one type, float32
+    probabilities, products and result (b, n, t).
+
+    Raises:
+        RuntimeError: An input requires grad.
+    """
+    refuse_gradients("attention_apply", q, k, columns)
+    (b, n, width), t = q.shape, columns.shape[2]
+    out = q.new_empty((b, n, t), dtype=torch.float32)
+    # 64 x 64: the block of probabilities and the columns it multiplies share registers and memory
+    block_t = min(128, max(16, triton.next_power_of_2(t)))
+    with on_device_of(q):
+        _attention_apply_kernel[(triton.cdiv(n, 64), triton.cdiv(t, block_t), b)](
+            q, k, columns, out, n, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=64,
+            BLOCK_T=block_t, BLOCK_D=min(64, max(16, triton.next_power_of_2(width // heads))),
+            HEADS_P2=triton.next_power_of_2(heads), num_warps=8, num_stages=2)  # fmt: skip
+    return out
+
+
+def specializations():
+    """Launches to compile in a test without a GPU: yields (launcher, arguments on device "meta").
+
+    The shapes of SD 1.5, SD 2.1, SDXL and the embedded model in three types. Calling
+    ``launcher(*arguments)`` while ``JITFunction.run`` is made to warm up instead of launch (with a
+    stand-in for the active driver that names the target) compiles exactly what a GPU would run:
+    the host rule, the types and the alignment are the launcher's own.
+    """
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for n, heads, d, t in SHAPES:
+            tokens, pixels = (torch.empty(2, m, heads * d, dtype=dtype, device="meta")
+                              for m in (t, n))  # fmt: skip
+            columns = torch.empty(2, n, t, device="meta")
+            yield attention_map, (pixels, tokens, heads)
+            yield attention_maps, (pixels, pixels, pixels, tokens, heads)
+            yield attention_apply, (pixels, pixels, columns, heads)
