@@ -206,8 +206,8 @@ def semantic_cfg(
     powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
     for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
         ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
-        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, cross_map.shape[1])
         n, t = cross_map.shape[1:]
+        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, n, n)
         if t != cross_maps[0].shape[2]:
             raise ValueError(
                 f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"
