@@ -1,0 +1,152 @@
+"""Images from prompts, with plain CFG or S-CFG, and what guidance did at every step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scfg import sampling
+from scfg.config import SCFGConfig
+from scfg.guidance import Guided, cfg
+from scfg.shapes.model import ShapesModel
+from scfg.shapes.tokenizer import END, START
+from scfg.wrapper import UNetWrapper
+
+METHODS = ("cfg", "scfg")
+SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral")
+SHAPES_CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is 16 x 16 and 8 x 8
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One denoising step of b images, on the CPU.
+
+    With plain CFG, regions and rate are those that S-CFG would have used at this point.
+
+    Attributes:
+        t: Timestep.
+        x0: (b, 3, 64, 64) float32 in [-1, 1], the image that the guided prediction points to.
+        labels: (b, h, w) int64, position of the token that owns each patch.
+        foreground: (b, h, w) bool.
+        rate: (b, H, W) float32, multiplier of the guidance scale at each latent pixel.
+    """
+
+    t: int
+    x0: Tensor
+    labels: Tensor
+    foreground: Tensor
+    rate: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """Result of `generate`, on the CPU.
+
+    Attributes:
+        method: One of `METHODS`.
+        prompts: b prompts.
+        seeds: b seeds.
+        words: Per image, the word at every token position; None at START, END and padding.
+        images: (b, 3, 64, 64) float32 in [-1, 1].
+        trace: One `Step` per denoising step, in the order of sampling; empty unless asked for.
+    """
+
+    method: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    words: tuple[tuple[str | None, ...], ...]
+    images: Tensor
+    trace: tuple[Step, ...]
+
+
+@torch.no_grad()
+def generate(
+    model: ShapesModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    method: str = "scfg",
+    guidance_scale: float = 2.5,
+    steps: int = 50,
+    sampler: str = "ddim",
+    config: SCFGConfig = SHAPES_CONFIG,
+    backend: str = "auto",
+    trace: bool = False,
+    callback: Callable[[], object] | None = None,
+) -> Generated:
+    """Draw one image per prompt, all in one batch.
+
+    Image i starts from noise of seeds[i] alone: the same noise whatever the method and the batch.
+
+    Args:
+        model: The model, on any device.
+        prompts: b prompts.
+        seeds: b seeds, one per prompt.
+        method: One of `METHODS`.
+        guidance_scale: > 0; 1 is no guidance.
+        steps: Number of predictions.
+        sampler: One of `SAMPLERS`.
+        config: Constants of S-CFG.
+        backend: See `scfg.ops`.
+        trace: Keep every step. Plain CFG then records attention too, only to be looked at.
+        callback: Called after every step.
+
+    Returns:
+        Generated.
+
+    Raises:
+        ValueError: A prompt has a word the model does not know, an argument is out of range, or a
+            sampler that draws noise on its way is given several images, whose noise would then
+            depend on each other.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {len(prompts)}")
+    for name, value, allowed in (("method", method, METHODS), ("sampler", sampler, SAMPLERS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if sampler == "euler_ancestral" and len(prompts) > 1:
+        raise ValueError(f"sampler {sampler!r} draws one image at a time, got {len(prompts)}")
+
+    context = torch.cat([model.encode([""] * len(prompts)), model.encode(prompts)])  # (2b, t, d)
+    wrapper = UNetWrapper(model.unet, config, backend) if method == "scfg" or trace else None
+    unet = model.unet if wrapper is None else wrapper
+    guided: list[Guided] = []  # of the latest step, where attention is recorded
+    history: list[Step] = []
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        eps_uncond, eps_text = unet(torch.cat([x, x]), torch.cat([t, t]), context).chunk(2)
+        if wrapper is not None:
+            guided[:] = [wrapper.guide(eps_uncond, eps_text, guidance_scale)]
+        return guided[0].eps if method == "scfg" else cfg(eps_uncond, eps_text, guidance_scale)
+
+    def after(i: int, t: int, x: Tensor, eps: Tensor) -> None:
+        if trace:
+            history.append(_step(model, t, x, eps, guided[0]))
+        if callback is not None:
+            callback()
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
+    noise = noise.to(context.device)  # drawn on the CPU: the same there and on a GPU
+    options = {"generator": generators[0], "callback": after}
+    try:
+        latents = getattr(sampling, sampler)(predict, noise, model.schedule, steps, **options)
+    finally:
+        if wrapper is not None:
+            wrapper.remove()
+    words = tuple(_words(model, prompt) for prompt in prompts)
+    images = model.decode(latents).cpu()
+    return Generated(method, tuple(prompts), tuple(seeds), words, images, tuple(history))
+
+
+def _step(model: ShapesModel, t: int, x: Tensor, eps: Tensor, guided: Guided) -> Step:
+    abar = model.schedule.alphas_cumprod[t].item()
+    x0 = model.decode((x - (1 - abar) ** 0.5 * eps) / abar**0.5)
+    rest = (x0, guided.labels, guided.foreground, guided.rate[:, 0])
+    return Step(t, *(tensor.cpu() for tensor in rest))
+
+
+def _words(model: ShapesModel, prompt: str) -> tuple[str | None, ...]:
+    tokens = model.tokenizer.tokens(prompt)
+    return tuple(None if token in (START, END) else token for token in tokens)
