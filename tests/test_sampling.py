@@ -55,8 +55,7 @@ def trajectory(sampler, **options) -> list[torch.Tensor]:
 def diffusers_trajectory(scheduler, steps, **options) -> list[torch.Tensor]:
     scheduler.set_timesteps(steps)
     in_sigma_space = "Euler" in type(scheduler).__name__
-    sample = noise() * (math.hypot(1, scheduler.sigmas[0]) if in_sigma_space else 1)
-    seen = []
+    sample, seen = noise() * (math.hypot(1, scheduler.sigmas[0]) if in_sigma_space else 1), []
     for t in scheduler.timesteps:
         seen.append(scheduler.scale_model_input(sample, t))
         eps = toy(seen[-1], t.expand(len(sample)))
@@ -141,8 +140,7 @@ def test_each_first_order_step_of_a_gaussian_is_a_known_factor(sampler):
     expected = x * math.hypot(1, steps[0][0]) - MU
     for sigma, sigma_next in steps:
         expected = expected * (1 + (sigma_next - sigma) * sigma / (S**2 + sigma**2))
-    actual = run(sampler, gaussian_eps, x, 7)
-    torch.testing.assert_close(actual, MU + expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(sampler, gaussian_eps, x), MU + expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler,order", [(ddim, 1), (euler, 1), (dpmpp_2m, 2)])
@@ -236,11 +234,10 @@ def test_progress_shows_a_bar_and_changes_nothing(capfd):
     assert torch.equal(shown, run(ddim))
 
 
-@pytest.mark.parametrize(
-    "alphas",
-    [[[0.9, 0.5]], [], [0.9, 0.9], [0.5, 0.9], [1.0, 0.5], [0.5, 0.0], [0.9, math.nan]],
-    ids=str,
-)
+NO_SCHEDULES = [[[0.9, 0.5]], [], [0.9, 0.9], [0.5, 0.9], [1.0, 0.5], [0.5, 0.0], [0.9, math.nan]]
+
+
+@pytest.mark.parametrize("alphas", NO_SCHEDULES, ids=str)
 def test_schedule_refuses_what_is_none(alphas):
     with pytest.raises(ValueError, match="alphas_cumprod must"):
         Schedule(torch.tensor(alphas))
