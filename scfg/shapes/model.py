@@ -1,0 +1,173 @@
+"""The embedded model: captions to context, noisy latents to eps, latents to images; its file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scfg.sampling import Schedule, scaled_linear
+from scfg.shapes.text_encoder import TextEncoder
+from scfg.shapes.tokenizer import Tokenizer
+from scfg.unet import UNet, UNetConfig
+
+WEIGHTS = Path(__file__).with_name("weights.safetensors")
+PATCH = 4  # pixels per side of a latent
+SCALE = 0.5  # latent per pixel value: less signal left at the last timestep than with 1
+UNET = UNetConfig(
+    in_channels=3 * PATCH**2,
+    out_channels=3 * PATCH**2,
+    block_out_channels=(64, 128),
+    transformer_depth=(1, 1),
+    heads=(2, 2),
+    layers_per_block=1,
+    cross_attention_dim=96,
+    norm_groups=16,
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Topology of both networks; the context is `unet.cross_attention_dim` wide."""
+
+    unet: UNetConfig = UNET
+    text_layers: int = 2
+    text_heads: int = 4
+
+
+class EpsPredictor(nn.Module):
+    """The eps that goes with the x0 which a U-Net predicts.
+
+    ``eps = (x - sqrt(abar_t) x0) / sqrt(1 - abar_t)``. Near t = 0 this divides by a small number
+    (0.029 at t = 0), and so enlarges the errors of x0; going back to x0, as samplers do, undoes it.
+
+    Args:
+        unet: The network, ``(x, t, context) -> x0``.
+        alphas_cumprod: abar, (train_steps,).
+    """
+
+    def __init__(self, unet: nn.Module, alphas_cumprod: Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
+        """Predict the noise in x.
+
+        Args:
+            x: (b, 48, 16, 16), ``sqrt(abar_t) x0 + sqrt(1 - abar_t) eps``.
+            t: Timesteps, 0 to 999, integers: one or (b,).
+            context: (b, t, c) from the text encoder.
+
+        Returns:
+            eps, (b, 48, 16, 16), dtype of x.
+        """
+        t = torch.as_tensor(t, device=x.device)
+        abar = self.alphas_cumprod[t.long()].to(x.dtype).reshape(-1, 1, 1, 1)
+        return (x - abar.sqrt() * self.unet(x, t, context)) / (1 - abar).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class ShapesModel:
+    """Everything between a caption and a picture.
+
+    Attributes:
+        unet: ``(x, t, context) -> eps``, an `nn.Module`: what guidance wraps. Its grid is
+            16 x 16 with attention there and at 8 x 8, so S-CFG runs on it with
+            ``SCFGConfig(map_reduction=1, coarsest_reduction=2)``.
+        text_encoder: Tokens (b, 16) to context (b, 16, c).
+        tokenizer: Captions to tokens.
+        schedule: The noise levels it was trained on.
+    """
+
+    unet: EpsPredictor
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+    schedule: Schedule
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(48, 16, 16), the noise to start a picture from without its batch."""
+        return (3 * PATCH**2, 64 // PATCH, 64 // PATCH)
+
+    @torch.no_grad()
+    def encode(self, captions: str | Sequence[str]) -> Tensor:
+        """Context (b, 16, c) of one caption or several; "" is the unconditional one.
+
+        Raises:
+            ValueError: A word is not known, or a caption is too long.
+        """
+        tokens = self.tokenizer(captions)
+        return self.text_encoder(tokens.to(self.text_encoder.token.weight.device))
+
+    @staticmethod
+    def decode(latents: Tensor) -> Tensor:
+        """Images (b, 3, 64, 64) in [-1, 1] of latents (b, 48, 16, 16)."""
+        return F.pixel_shuffle(latents / SCALE, PATCH).clamp(-1, 1)
+
+
+def to_latents(images: Tensor) -> Tensor:
+    """Latents (b, 48, 16, 16) of images (b, 3, 64, 64): every 4 x 4 pixels, halved."""
+    return F.pixel_unshuffle(images, PATCH) * SCALE
+
+
+def networks(config: ModelConfig = ModelConfig()) -> nn.ModuleDict:
+    """The U-Net, which predicts x0, and the text encoder, with fresh weights."""
+    tokenizer, width = Tokenizer(), config.unet.cross_attention_dim
+    text_encoder = TextEncoder(
+        len(tokenizer.vocabulary), tokenizer.length, width, config.text_layers, config.text_heads
+    )
+    return nn.ModuleDict({"unet": UNet(config.unet), "text_encoder": text_encoder})
+
+
+def assemble(parts: nn.ModuleDict) -> ShapesModel:
+    """The usable model around the two networks, which it shares."""
+    schedule = scaled_linear()
+    unet = EpsPredictor(parts["unet"], schedule.alphas_cumprod)
+    unet.to(next(parts.parameters()).device)
+    return ShapesModel(unet, parts["text_encoder"], Tokenizer(), schedule)
+
+
+def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path) -> None:
+    """Write the networks in float16, with their topology as the metadata of the file."""
+    save_file = _safetensors("torch").save_file
+    tensors = {name: p.detach().half().contiguous().cpu() for name, p in parts.state_dict().items()}
+    save_file(tensors, path, {"config": json.dumps(asdict(config))})
+
+
+def load_shapes_model(
+    path: str | Path = WEIGHTS, device: str | torch.device = "cpu"
+) -> ShapesModel:
+    """Load the embedded model, in float32 and for inference.
+
+    Args:
+        path: A file of `save_weights`; by default the one shipped in the package.
+        device: Where to put it.
+
+    Returns:
+        The model, without gradients.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RuntimeError: safetensors is not installed.
+    """
+    with _safetensors().safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    config["unet"] = UNetConfig(**config["unet"])
+    parts = networks(ModelConfig(**config))
+    parts.load_state_dict(weights)
+    return assemble(parts.eval().requires_grad_(False).to(device))
+
+
+def _safetensors(module: str = ""):
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise RuntimeError(
+            "the shapes model needs safetensors: pip install 'scfg[generate]'"
+        ) from error
+    return getattr(safetensors, module) if module else safetensors
