@@ -182,26 +182,27 @@ def _blocks(n: int, d: int, heads: int, itemsize: int, *keys: int) -> tuple[int,
     """Rows per program, (keys per block, one pass?) of each map, and the other launch options.
 
     About 64 row tiles an image, 16 to 64 rows each: what a program can take in of k per second
-    limits these kernels more than arithmetic, so small maps are spread over many programs. Scores
-    of all keys stay in registers up to 16384 a program (two such blocks: 128 registers a thread of
-    8 warps): 1024 keys for 16 rows. Beyond, two passes over half that size.
-    BLOCK_D is the widest chunk of a head of which two stages of q and k fit 96 KiB of shared
-    memory. None of this depends on b: an image's result does not depend on its neighbours.
+    limits these kernels more than arithmetic, so small maps are spread over many programs. A block
+    of scores and its running mean stay in the registers of 8 warps up to 8192 scores, or 16384 in
+    16 rows, which need no warp groups; half that for float32, whose products are split in three.
+    Keys that fit so are scored once, others twice. A chunk of a head is at most 64 wide, less where
+    two stages of it do not fit 96 KiB of shared memory; 16 and one stage for float32, or a few
+    registers spill. None of this depends on b: an image's result does not depend on its neighbours.
     """
-    rows = min(max(triton.next_power_of_2(n) // 64, 16), 64)
-    widest = max(triton.next_power_of_2(m) for m in keys)
-    if 16 * widest <= 16384:
-        rows = min(rows, 16384 // widest)
+    wide = itemsize == 4
+    room = 4096 if wide else 8192
+    rows = min(max(triton.next_power_of_2(n) // 64, 16), 32 if wide else 64)
     sizes = [max(16, triton.next_power_of_2(m)) for m in keys]
-    columns = [(m, True) if rows * m <= 16384 else (8192 // rows, False) for m in sizes]
-    area = max(rows + m for m, _ in columns) * itemsize
-    chunk = min(64, max(16, triton.next_power_of_2(d)))
-    while chunk > 16 and 2 * area * chunk > 98304:
+    while rows > 16 and rows * max(sizes) > room and 16 * max(sizes) <= 2 * room:
+        rows //= 2
+    limit = 2 * room if rows == 16 else room
+    columns = [(m, True) if rows * m <= limit else (room // rows, False) for m in sizes]
+    chunk = 16 if wide else min(64, max(16, triton.next_power_of_2(d)))
+    while chunk > 16 and 2 * (rows + max(m for m, _ in columns)) * chunk * itemsize > 98304:
         chunk //= 2
     options = dict(
-        HEADS=heads, D=d, BLOCK_D=chunk, HEADS_P2=triton.next_power_of_2(heads),
-        num_warps=8 if rows * max(m for m, _ in columns) >= 8192 else 4,
-        num_stages=max(1, min(3, 98304 // (area * chunk))))  # fmt: skip
+        HEADS=heads, D=d, BLOCK_D=chunk, HEADS_P2=triton.next_power_of_2(heads), num_warps=8,
+        num_stages=2 if wide else 3)  # fmt: skip
     return rows, columns, options
 
 
@@ -267,12 +268,12 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
     refuse_gradients("attention_apply", q, k, columns)
     (b, n, width), t = q.shape, columns.shape[2]
     out = q.new_empty((b, n, t), dtype=torch.float32)
-    # 64 x 64: the block of probabilities and the columns it multiplies share registers and memory
     block_t = min(128, max(16, triton.next_power_of_2(t)))
+    line = 128 // q.element_size()  # keys, and widths of a head, that fit beside both accumulators
     with on_device_of(q):
         _attention_apply_kernel[(triton.cdiv(n, 64), triton.cdiv(t, block_t), b)](
-            q, k, columns, out, n, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=64,
-            BLOCK_T=block_t, BLOCK_D=min(64, max(16, triton.next_power_of_2(width // heads))),
+            q, k, columns, out, n, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=line,
+            BLOCK_T=block_t, BLOCK_D=min(line, max(16, triton.next_power_of_2(width // heads))),
             HEADS_P2=triton.next_power_of_2(heads), num_warps=8, num_stages=2)  # fmt: skip
     return out
 
