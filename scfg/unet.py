@@ -7,7 +7,7 @@ Sources: Ronneberger et al. 2015 (arXiv 1505.04597), Rombach et al. 2022 (arXiv 
 et al. 2023 (arXiv 2307.01952). Names, epsilons and rounding of sizes are those of diffusers 0.42.
 """
 
-# ruff: noqa: D102, D107 - the docstring of a layer describes its forward
+# ruff: noqa: D102, D105, D107 - the docstring of a layer describes its forward
 
 import math
 from collections import OrderedDict
@@ -22,44 +22,32 @@ from torch import Tensor, nn
 class UNetConfig:
     """Topology of a `UNet`. Tuples have one entry per level, finest first (lists are converted).
 
-    Args:
-        in_channels, out_channels: channels of the latent and of the prediction.
-        block_out_channels: feature channels; each level halves the resolution of the one before.
-        transformer_depth: transformer blocks per attention layer; 0: no attention at that level.
-        mid_depth: transformer blocks in the middle, at the coarsest level; at least 1.
-        heads: attention heads (diffusers configs call this number `attention_head_dim`).
-        layers_per_block: residual layers of a level going down; going up has one more.
-        cross_attention_dim: width of the context.
-        linear_projection: project in and out of a transformer with Linear instead of Conv2d 1x1.
-        norm_groups: groups of every GroupNorm.
-        addition: what SDXL adds to the timestep embedding, as (width of the pooled text, number of
-            time ids, sinusoid width of one id), or None.
-
     Raises:
         ValueError: lengths differ, a number is too small, or channels do not divide.
     """
 
     in_channels: int = 4
     out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)
-    mid_depth: int = 1
-    heads: tuple[int, ...] = (8, 8, 8, 8)
-    layers_per_block: int = 2
-    cross_attention_dim: int = 768
-    linear_projection: bool = False
-    norm_groups: int = 32
-    addition: tuple[int, int, int] | None = None
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # a level has half the resolution
+    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)  # blocks per attention layer; 0: no attention
+    mid_depth: int = 1  # blocks of the attention layer in the middle, at the coarsest level
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # diffusers configs call it attention_head_dim
+    layers_per_block: int = 2  # of a level going down; going up has one more
+    cross_attention_dim: int = 768  # channels of the context
+    linear_projection: bool = False  # in and out of a transformer: Linear instead of Conv2d 1x1
+    norm_groups: int = 32  # of every GroupNorm
+    addition: tuple[int, int, int] | None = None  # SDXL: (pooled channels, time ids, their width)
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         levels = len(self.block_out_channels) or 1
         counts = dict.fromkeys(("block_out_channels", "transformer_depth", "heads"), levels)
         counts["addition"] = 3
         for name, value in vars(self).items():
             if value is None:
                 continue
-            values = tuple(value) if name in counts else (value,)
+            values = (value,)
             if name in counts:
+                values = tuple(value)
                 object.__setattr__(self, name, values)
             count = counts.get(name, 1)
             least = 0 if name in ("transformer_depth", "linear_projection") else 1
@@ -67,8 +55,7 @@ class UNetConfig:
                 raise ValueError(f"{name} must be {count} number(s) >= {least}, got {value}")
         for c, g in zip(self.block_out_channels, self.heads, strict=True):
             if c % self.norm_groups or c % g:
-                factors = f"norm_groups = {self.norm_groups} and heads = {g}"
-                raise ValueError(f"block_out_channels must be multiples of {factors}, got {c}")
+                raise ValueError(f"block_out_channels must divide by norm_groups and heads: {self}")
 
 
 SD15 = UNetConfig()
@@ -91,7 +78,7 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     """
     half = width // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = t[:, None].float() * torch.exp(i * (-math.log(10000) / half))  # (m, half)
+    angle = t[:, None].float() * torch.exp(-math.log(10000) * i / half)  # (m, half)
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
@@ -108,10 +95,7 @@ def named(**layers: nn.Module) -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """Multi-head softmax(q k^T / sqrt(d)) v of pixels (b, n, c) over themselves or a context.
-
-    The mask is (b, 1, t), as diffusers passes it: boolean (True attends) or additive.
-    """
+    """Multi-head softmax(q k^T / sqrt(d)) v; a mask (b, 1, t) is boolean or additive."""
 
     def __init__(self, c: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -259,8 +243,8 @@ class UNet(nn.Module):
         return named(linear_1=nn.Linear(c_in, c), act=nn.SiLU(), linear_2=nn.Linear(c, c))
 
     def embed(self, t: Tensor, added: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
-        width = self.config.block_out_channels[0]
-        emb = self.time_embedding(sinusoidal_embedding(t, width).to(dtype))
+        sinusoids = sinusoidal_embedding(t, self.config.block_out_channels[0])
+        emb = self.time_embedding(sinusoids.to(dtype))
         if added is not None:
             pooled, ids = added
             ids = sinusoidal_embedding(ids.flatten(), self.config.addition[2]).view(len(t), -1)

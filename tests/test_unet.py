@@ -1,5 +1,6 @@
 """The U-Net against diffusers' UNet2DConditionModel: names, shapes, outputs; and its errors."""
 
+import copy
 import dataclasses
 import json
 
@@ -86,10 +87,10 @@ def pair(request):
 
 
 def inputs(name, height, width):
-    """Non-contiguous latent and context, one timestep per sample, and SDXL's conditions."""
+    """Latent, one timestep per sample, context, and the conditions of SDXL."""
     generator = torch.Generator().manual_seed(height * width)
-    x = torch.randn(2, height, width, 4, generator=generator).permute(0, 3, 1, 2)
-    context = torch.randn(2, 24, 7, generator=generator).mT
+    x = torch.randn(2, 4, height, width, generator=generator)
+    context = torch.randn(2, 7, 24, generator=generator)
     added = None
     if name == "sdxl":
         ids = torch.tensor([[1024, 768, 0, 0, 1024, 768], [512, 512, 3, 40, 512, 512]])
@@ -101,7 +102,7 @@ def inputs(name, height, width):
 def call_diffusers(model, x, t, context, added, **kwargs):
     if added is not None:
         kwargs["added_cond_kwargs"] = {"text_embeds": added[0], "time_ids": added[1]}
-    return model(x.contiguous(), t, context.contiguous(), **kwargs).sample
+    return model(x, t, context, **kwargs).sample
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (17, 25)])
@@ -123,6 +124,25 @@ def test_masked_tokens_are_ignored_as_in_diffusers(pair):
     actual = ours(x, t, context, added, context_mask=mask)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert (ours(x, t, context, added) - actual).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_output_does_not_depend_on_strides(pair):
+    name, ours, _ = pair
+    unet = copy.deepcopy(
+        ours
+    ).double()  # layouts may take other convolutions, which round otherwise
+    x, t, context, added = inputs(name, 9, 14)
+    x, context = x.double(), context.double()
+    added = added and (added[0].double(), added[1])
+    expected = unet(x, t, context, added)
+    x = x.mT.contiguous().mT
+    context = context.mT.contiguous().mT
+    assert not (x.is_contiguous() or context.is_contiguous())
+    torch.testing.assert_close(unet(x, t, context, added), expected, atol=1e-12, rtol=1e-12)
+    x = x.contiguous(memory_format=torch.channels_last)
+    unet.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(unet(x, t, context, added), expected, atol=1e-12, rtol=1e-12)
 
 
 @torch.no_grad()
