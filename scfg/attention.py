@@ -1,12 +1,9 @@
 """Record attention from a U-Net while it runs.
 
-A transformer block is a module with exactly two children that have ``to_q``, ``to_k``, ``heads``:
-self-attention, then cross-attention (diffusers, CompVis, ComfyUI and `scfg.unet` alike), or an
-attention module with ``add_k_proj``, whose keys are text and image at once (DeepFloyd IF). Hooks on
-the projections see the queries and keys that the host computes anyway; what they miss (fused
-projections, a LoRA loaded later) is projected again. The host's own attention is left alone, so its
-output keeps every bit. A block's maps live until they are folded into the evidence of their level;
-layers at other resolutions form none.
+Hooks on the projections of its transformer blocks (see `scfg.blocks`) see the queries and keys that
+the host computes anyway; what they miss (fused projections, a LoRA loaded later) is projected
+again. The host's own attention is left alone, so its output keeps every bit. A block's maps live
+until they are folded into the evidence of their level; layers at other resolutions form none.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scfg import ops
+from scfg.blocks import find_blocks, uncompiled
 from scfg.config import SCFGConfig
 from scfg.evidence import (
     AttentionLayer,
@@ -50,44 +48,13 @@ class _Attention:
     def project(self, name: str, x: Tensor) -> Tensor:
         """Output (b, n, g*d) of a projection: what its hook saw, else computed again."""
         projection = getattr(self.module, name)
-        seen = self.hooked.get(name) is projection and name in self.seen
-        y = self.seen[name] if seen else projection(x)
+        y = self.seen.get(name) if self.hooked.get(name) is projection else None
+        if y is None or y.shape[:-1] != x.shape[:-1]:
+            y = projection(x)
         norm = getattr(self.module, NORMS.get(name, ""), None)
         if norm is not None:
             y = norm(y.unflatten(-1, (self.module.heads, -1))).flatten(-2)
         return y
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("to_q", "to_k", "heads"))
-
-
-def _is_joint(module: nn.Module) -> bool:
-    return _is_attention(module) and getattr(module, "add_k_proj", None) is not None
-
-
-def find_blocks(unet: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """Every transformer block of a U-Net.
-
-    Returns:
-        Name and attention modules of each, [self, cross] or [joint], in order of registration.
-
-    Raises:
-        ValueError: There is none.
-    """
-    blocks = []
-    for name, module in unet.named_modules():
-        attentions = [child for child in module.children() if _is_attention(child)]
-        if _is_joint(module):
-            blocks.append((name, [module]))
-        elif len(attentions) == 2 and not any(map(_is_joint, attentions)):
-            blocks.append((name, attentions))
-    if not blocks:
-        raise ValueError(
-            "unet must have transformer blocks (modules with to_q, to_k, heads, self- before "
-            f"cross-attention), found none in {type(unet).__name__}"
-        )
-    return blocks
 
 
 def _additive(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -128,7 +95,8 @@ class AttentionRecorder:
             for attention in block:
                 self._watch(attention)
             self._attentions += block
-            self._handles.append(modules[-1].register_forward_hook(self._after(name, block)))
+            host = uncompiled(unet, name, modules[-1])
+            self._handles.append(host.register_forward_hook(self._after(name, block)))
 
     def _watch(self, attention: _Attention) -> None:
         """Note what goes into an attention module and what its projections return."""
@@ -175,6 +143,8 @@ class AttentionRecorder:
     def _record(self, name: str, block: list[_Attention]) -> None:
         """Fold a block that has just run, if it is at a chosen resolution."""
         x, evidence = block[-1].x, self._evidence
+        if x is None:  # did not run: `finish` says so
+            return
         n = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1]
         reduction = find_reduction(evidence.size, n, self.config.reductions)
         if reduction is None or block[-1].context is None:
@@ -263,8 +233,9 @@ class AttentionRecorder:
         if once != len(self._attentions):
             raise RuntimeError(
                 f"recorded {once} attention modules, expected all {len(self._attentions)} once. "
-                "Layers were skipped or repeated, or hooks bypassed: by torch.compile before they "
-                "were there, or compile_repeated_blocks with skip_nnmodule_hook_guards left on"
+                "Layers were skipped or repeated, or code that torch.compile made before the hooks "
+                "were there ran instead: call torch._dynamo.reset() first, or compile with "
+                "torch._dynamo.config.skip_nnmodule_hook_guards = False"
             )
         if not evidence.order:
             raise RuntimeError(

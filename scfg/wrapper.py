@@ -22,7 +22,7 @@ class UNetWrapper:
     which comes first; calls may differ in their number of tokens.
 
     Args:
-        unet: Any U-Net with transformer blocks (see `scfg.attention`), or a torch.compile of one
+        unet: Any U-Net with transformer blocks (see `scfg.blocks`), or a torch.compile of one
             that has not run yet. Its first 4-D tensor argument is the latent.
         config: Constants.
         backend: See `scfg.ops`.

@@ -1,0 +1,55 @@
+"""Find the transformer blocks of a U-Net by what attention modules have in common.
+
+A transformer block is a module with exactly two children that have ``to_q``, ``to_k``, ``heads``:
+self-attention, then cross-attention (diffusers, CompVis, ComfyUI and `scfg.unet` alike), or an
+attention module with ``add_k_proj``, whose keys are text and image at once (DeepFloyd IF).
+"""
+
+from torch import nn
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("to_q", "to_k", "heads"))
+
+
+def _is_joint(module: nn.Module) -> bool:
+    return _is_attention(module) and getattr(module, "add_k_proj", None) is not None
+
+
+def find_blocks(unet: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+    """Every transformer block of a U-Net.
+
+    Returns:
+        Name and attention modules of each, [self, cross] or [joint], in order of registration.
+
+    Raises:
+        ValueError: There is none.
+    """
+    blocks = []
+    for name, module in unet.named_modules():
+        attentions = [child for child in module.children() if _is_attention(child)]
+        if _is_joint(module):
+            blocks.append((name, [module]))
+        elif len(attentions) == 2 and not any(map(_is_joint, attentions)):
+            blocks.append((name, attentions))
+    if not blocks:
+        raise ValueError(
+            "unet must have transformer blocks (modules with to_q, to_k, heads, self- before "
+            f"cross-attention), found none in {type(unet).__name__}"
+        )
+    return blocks
+
+
+def uncompiled(unet: nn.Module, name: str, last: nn.Module) -> nn.Module:
+    """The module after which a block is folded: its last attention, or what holds the block.
+
+    A block that is compiled by itself shares its code with its likes, for as long as their hooks
+    do the same; folding differs from layer to layer and has to stay outside.
+    """
+    if getattr(unet.get_submodule(name), "_compiled_call_impl", None) is None:
+        return last
+    while True:
+        name = name.rpartition(".")[0]
+        holder = unet.get_submodule(name)
+        if not isinstance(holder, nn.ModuleList):
+            return holder
