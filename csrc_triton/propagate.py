@@ -1,0 +1,284 @@
+"""Propagation of token maps through self-attention, alone or folded into a level's evidence."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.launch import on_device_of, refuse_gradients
+
+# Up to this many pixels one program takes a block of columns through all powers. It reads S at the
+# speed of one multiprocessor: at 384 pixels (SD 1.5 at 512 x 768) that takes about as long as one
+# launch per power, and beyond grows with n * n while more programs could share the work.
+SMALL_N = 384
+SHAPES = (  # n, t of the layers recorded at their usual sizes
+    (256, 77), (64, 77), (1024, 77), (576, 77), (144, 77), (256, 16), (64, 16),
+)  # fmt: skip
+
+
+@triton.jit
+def _product(self_ptr, source_ptr, rows, cols, n, t, BLOCK_K: tl.constexpr):
+    """S @ source, (BLOCK_M, BLOCK_T) float32; three tf32 products keep float32 accuracy."""
+    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for start in range(0, n, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        s_ok = (rows < n)[:, None] & (ks < n)[None, :]
+        y_ok = (ks < n)[:, None] & (cols < t)[None, :]
+        s_at = rows.to(tl.int64)[:, None] * n + ks[None, :]
+        s = tl.load(self_ptr + s_at, mask=s_ok, other=0.0).to(tl.float32)
+        y = tl.load(source_ptr + ks[:, None] * t + cols[None, :], mask=y_ok, other=0.0)
+        total = tl.dot(s, y.to(tl.float32), total, input_precision="tf32x3")
+    return total
+
+
+@triton.jit
+def _load_columns(cross_ptr, rows, cols, n, t, WITH_REST: tl.constexpr):
+    """A block of C; with WITH_REST column t is the sum of columns 1 to t - 1."""
+    ok = (rows < n)[:, None] & (cols < t)[None, :]
+    c = tl.load(cross_ptr + rows[:, None] * t + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+    if WITH_REST:
+        if tl.max(cols, 0) >= t:
+            rest = tl.zeros((rows.shape[0],), tl.float32)
+            for start in range(0, t, cols.shape[0]):
+                js = start + tl.arange(0, cols.shape[0])
+                ok = (rows < n)[:, None] & ((js > 0) & (js < t))[None, :]
+                x = tl.load(cross_ptr + rows[:, None] * t + js[None, :], mask=ok, other=0.0)
+                rest += tl.sum(x.to(tl.float32), 1)
+            c = tl.where((cols == t)[None, :], rest[:, None], c)
+    return c
+
+
+@triton.jit
+def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, out_ptr,
+                     gain, scale, powers, n, t,
+                     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                     COLUMNS: tl.constexpr):  # fmt: skip
+    """COLUMNS columns of one image through all powers; with weights, renormalised and added.
+
+    Grid (ceil(columns / COLUMNS), b): columns are independent, and so is the rest column, as
+    propagation is linear. Evaluated from the inside, S(C + gain S(C + ...)), so that no sum of
+    powers is kept: C and two blocks of scratch that take turns, a barrier before each power. S is
+    read once per power, total and the result once, C once (by the rest column once more). 16
+    columns are the least a matrix product takes: the most programs.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    lanes = tl.arange(0, COLUMNS)
+    cols = tl.program_id(0) * COLUMNS + lanes
+    self_ptr += image * n * n
+    first = scratch_ptr + (image * tl.num_programs(0) + tl.program_id(0)) * (3 * n * COLUMNS)
+    for start in range(0, n, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        c = _load_columns(cross_ptr + image * n * t, rows, cols, n, t, weights_ptr is not None)
+        at = rows[:, None] * COLUMNS + lanes[None, :]
+        tl.store(first + at, c, mask=(rows < n)[:, None])
+    source = first
+    for power in range(powers):
+        tl.debug_barrier()  # the source is complete
+        target = first + (1 + power % 2) * (n * COLUMNS)
+        for start in range(0, n, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            at = rows[:, None] * COLUMNS + lanes[None, :]
+            y = _product(self_ptr, source, rows, lanes, n, COLUMNS, BLOCK_K)
+            c = tl.load(first + at, mask=(rows < n)[:, None], other=0.0)
+            y = tl.where(power == powers - 1, y * scale, c + y * gain)
+            tl.store(target + at, y, mask=(rows < n)[:, None])
+        source = target
+    tl.debug_barrier()
+    mean = tl.zeros((COLUMNS,), tl.float32)
+    width = t
+    if weights_ptr is not None:
+        width = t + 1
+        for start in range(0, n, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            at = rows[:, None] * COLUMNS + lanes[None, :]
+            y = tl.load(source + at, mask=(rows < n)[:, None], other=0.0)
+            v = tl.load(weights_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
+            mean += tl.sum(y * v[:, None], 0)
+    for start in range(0, n, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        at = rows[:, None] * COLUMNS + lanes[None, :]
+        y = tl.load(source + at, mask=(rows < n)[:, None], other=0.0)
+        y = tl.where(mean > 0, y / tl.maximum(mean, 1e-30), y)
+        ok = (rows < n)[:, None] & (cols < width)[None, :]
+        at = (image * n + rows)[:, None] * width + cols[None, :]
+        if total_ptr is not None:
+            y += tl.load(total_ptr + at, mask=ok, other=0.0)
+        tl.store(out_ptr + at, y, mask=ok)
+
+
+@triton.jit
+def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, partial_ptr,
+                      factor, n, t, t_in, t_out,
+                      BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                      BLOCK_T: tl.constexpr):  # fmt: skip
+    """One power, columns + factor * S @ source, for BLOCK_M rows; no columns in the last power.
+
+    Grid (ceil(n / BLOCK_M), ceil(t / BLOCK_T), b). S is read once while t <= BLOCK_T, source once
+    per program (from the cache), the result written once. With weights, a program also writes its
+    part of the spatial mean of each column, to be added up in a fixed order. Source and result
+    have t_in and t_out columns, zero beyond t. Block sizes: see `_large`.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    tile = tl.program_id(0)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    self_ptr += image * n * n
+    source_ptr += image * n * t_in
+    y = _product(self_ptr, source_ptr, rows, cols, n, t_in, BLOCK_K) * factor
+    row_at = (image * n + rows)[:, None]
+    rows_ok = (rows < n)[:, None]
+    if columns_ptr is not None:
+        c_ok = rows_ok & (cols < t)[None, :]
+        y += tl.load(columns_ptr + row_at * t + cols[None, :], mask=c_ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row_at * t_out + cols[None, :], y, mask=rows_ok & (cols < t_out)[None, :])
+    if weights_ptr is not None:
+        v = tl.load(weights_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
+        at = (image * tl.num_programs(0) + tile) * t + cols
+        tl.store(partial_ptr + at, tl.sum(y * v[:, None], 0), mask=cols < t)
+
+
+@triton.jit
+def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, n, t, t_in, parts,
+                        BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """BLOCK_M rows of one image: divide columns and rest by their spatial means, add to total.
+
+    Grid (ceil(n / BLOCK_M), b), BLOCK_T >= t: all columns of a row meet here, so the rest column
+    needs no propagation. Everything is read and written once, but for the parts of the means, which
+    every program adds up. BLOCK_M * BLOCK_T is 4096: 16 registers a thread.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_T)
+    mean = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, parts, BLOCK_M):
+        ps = start + tl.arange(0, BLOCK_M)
+        ok = (ps < parts)[:, None] & (cols < t)[None, :]
+        at = (image * parts + ps)[:, None] * t + cols[None, :]
+        mean += tl.sum(tl.load(partial_ptr + at, mask=ok, other=0.0), 0)
+    ok = (rows < n)[:, None] & (cols < t)[None, :]
+    at = (image * n + rows)[:, None] * t_in + cols[None, :]
+    y = tl.load(columns_ptr + at, mask=ok, other=0.0)
+    rest = tl.sum(tl.where(cols > 0, y, 0.0), 1)
+    rest_mean = tl.sum(tl.where(cols > 0, mean, 0.0), 0)
+    y = tl.where(mean > 0, y / tl.maximum(mean, 1e-30), y)
+    rest = tl.where(rest_mean > 0, rest / tl.maximum(rest_mean, 1e-30), rest)
+    row_at = (image * n + rows) * (t + 1)
+    if total_ptr is not None:
+        y += tl.load(total_ptr + row_at[:, None] + cols[None, :], mask=ok, other=0.0)
+        rest += tl.load(total_ptr + row_at + t, mask=rows < n, other=0.0)
+    tl.store(out_ptr + row_at[:, None] + cols[None, :], y, mask=ok)
+    tl.store(out_ptr + row_at + t, rest, mask=rows < n)
+
+
+def _schedule(propagation: str, steps: int) -> tuple[int, float, float]:
+    """Powers P, gain and scale with scale * S(C + gain S(C + ... + gain S C)), S applied P times.
+
+    (S + 3 S^2) C / 4 is S(C + 3 S C) / 4; without propagation P is 0 and C remains.
+    """
+    schedules = {"paper": (steps, 1.0, 1.0 / steps), "official": (2, 3.0, 0.25)}
+    return schedules.get(propagation, (0, 1.0, 1.0))
+
+
+def _small(self_map, columns, weights, total, powers, gain, scale):
+    """All powers in one launch, see `_complete_kernel`; without weights only propagated."""
+    b, n, t = columns.shape
+    width = t if weights is None else t + 1
+    blocks = triton.cdiv(width, 16)
+    block_m = max(16, triton.next_power_of_2(n)) if n <= 256 else 128
+    scratch = columns.new_empty((b, blocks, 3, n, 16), dtype=torch.float32)
+    out = columns.new_empty((b, n, width), dtype=torch.float32)
+    with on_device_of(columns):
+        _complete_kernel[(blocks, b)](
+            columns if self_map is None else self_map, columns, weights, total, scratch, out,
+            gain, scale, powers, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16, num_warps=8,
+            num_stages=3)  # fmt: skip
+    return out
+
+
+def _large(self_map, columns, weights, powers, gain, scale):
+    """One launch per power; returns the columns and, with weights, the parts of their means.
+
+    About 64 row tiles an image, 16 to 64 rows each, as in `csrc_triton.attention`, and up to 128
+    columns, so that S comes from memory once per power. Columns in between are padded to a multiple
+    of 16, which every program then copies 16 bytes at a time; with weights so is the result.
+    """
+    b, n, t = columns.shape
+    rows = min(max(triton.next_power_of_2(n) // 64, 16), 64)
+    block_t = min(128, max(16, triton.next_power_of_2(t)))
+    tiles = triton.cdiv(n, rows)
+    padded = triton.cdiv(t, 16) * 16
+    parts = None if weights is None else columns.new_empty((b, tiles, t), dtype=torch.float32)
+    source = columns
+    for power in range(powers):
+        last = power == powers - 1
+        width = t if last and weights is None else padded
+        out = columns.new_empty((b, n, width), dtype=torch.float32)
+        with on_device_of(columns):
+            _propagate_kernel[(tiles, triton.cdiv(t, block_t), b)](
+                self_map, None if last else columns, source, weights if last else None, out,
+                parts if last else None, scale if last else gain, n, t, source.shape[2], width,
+                BLOCK_M=rows, BLOCK_K=32, BLOCK_T=block_t, num_warps=8, num_stages=3)  # fmt: skip
+        source = out
+    return source, parts
+
+
+def propagate(
+    self_map: Tensor | None, columns: Tensor, propagation: str = "paper", steps: int = 4
+) -> Tensor:
+    """Complete token maps through self-attention.
+
+    Twin of `scfg.reference.propagate`: contiguous inputs, float32 products and result (b, n, t), a
+    new tensor. One launch up to SMALL_N pixels or without propagation, else one per power.
+
+    Raises:
+        RuntimeError: An input requires grad.
+    """
+    refuse_gradients("propagate", self_map, columns)
+    powers, gain, scale = _schedule(propagation, steps)
+    if powers == 0 or columns.shape[1] <= SMALL_N:
+        return _small(self_map, columns, None, None, powers, gain, scale)
+    return _large(self_map, columns, None, powers, gain, scale)[0]
+
+
+def complete(
+    self_map: Tensor | None,
+    cross_map: Tensor,
+    weights: Tensor,
+    total: Tensor | None = None,
+    propagation: str = "paper",
+    steps: int = 4,
+) -> Tensor:
+    """Fold one layer into the evidence of its level: propagate, renormalise over space, add.
+
+    Twin of `scfg.reference.complete`: contiguous inputs, total float32, float32 products and result
+    (b, n, t+1). One launch up to SMALL_N pixels or without propagation, else one per power and one.
+
+    Raises:
+        RuntimeError: An input requires grad.
+    """
+    refuse_gradients("complete", self_map, cross_map, weights, total)
+    powers, gain, scale = _schedule(propagation, steps)
+    b, n, t = cross_map.shape
+    if powers == 0 or n <= SMALL_N:
+        return _small(self_map, cross_map, weights, total, powers, gain, scale)
+    columns, parts = _large(self_map, cross_map, weights, powers, gain, scale)
+    out = cross_map.new_empty((b, n, t + 1), dtype=torch.float32)
+    block_t = max(16, triton.next_power_of_2(t))
+    rows = max(1, 4096 // block_t)
+    with on_device_of(cross_map):
+        _renormalise_kernel[(triton.cdiv(n, rows), b)](
+            columns, parts, total, out, n, t, columns.shape[2], parts.shape[1], BLOCK_M=rows,
+            BLOCK_T=block_t, num_warps=8)  # fmt: skip
+    return out
+
+
+def specializations():
+    """Launches to compile without a GPU, as in `csrc_triton.attention.specializations`."""
+    for n, t in SHAPES:
+        self_map, cross_map, total, weights = (
+            torch.empty(shape, device="meta") for shape in ((2, n, n), (2, n, t), (2, n, t + 1), n)
+        )
+        for propagation in ("paper", "official", "none"):
+            yield propagate, (self_map, cross_map, propagation)
+            yield complete, (self_map, cross_map, weights, None, propagation)
+            yield complete, (self_map, cross_map, weights, total, propagation)
