@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-CELL = 288  # pixels, the side of a cell
+CELL = 320  # pixels, the side of a cell
 INK, PAPER = "#1b1f24", "#ffffff"
 NO_WORD = "#c4c8ce"  # START, END and padding
 # Okabe and Ito 2008, then colours far from these and from each other to deuteranopes, protanopes
