@@ -1,168 +1,23 @@
 """Train the embedded model: ``python -m scfg.shapes.train --out DIR --minutes 110``.
 
-The network predicts x0 under min-SNR-5 weights, ``min(abar / (1 - abar), 5) |x0 - target|^2``
-(Hang et al., arXiv 2303.09556), on scenes drawn on the fly; one caption in ten is empty. AdamW with
-a short warm-up, then a learning rate that falls linearly to zero over the planned minutes or
-samples; the weights that are shown and exported are an exponential moving average (EMA).
+Several processes share every batch if started by ``torchrun --nproc-per-node 2 -m
+scfg.shapes.train``; on a busy CPU that is faster than as many threads.
 """
 
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from scfg.sampling import ddim, scaled_linear
-from scfg.shapes.model import WEIGHTS, ModelConfig, assemble, networks, save_weights, to_latents
-from scfg.shapes.scenes import caption, render, sample_scenes
-from scfg.shapes.tokenizer import Tokenizer
-from scfg.unet import UNetConfig
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What determines a run. The learning rate reaches zero at `minutes` or, if given, `samples`.
-
-    Only a run planned in samples is reproducible bit for bit; minutes are what a machine allows.
-    """
-
-    minutes: float = 110.0
-    samples: int | None = None
-    batch: int = 32
-    seed: int = 0
-    lr: float = 1e-3
-    warmup: int = 200  # steps
-    ema_decay: float = 0.998
-    empty: float = 0.1  # share of empty captions
-    bf16: bool = False
-    model: ModelConfig = ModelConfig()
-
-
-class Trainer:
-    """Everything that changes while training, and one step of it.
-
-    Args:
-        plan: What determines the run.
-        device: Where to train.
-        compile: Run the networks through `torch.compile`.
-    """
-
-    def __init__(self, plan: Plan, device: str = "cpu", compile: bool = False) -> None:
-        self.plan, self.device = plan, torch.device(device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(plan.seed)
-            self.parts = networks(plan.model).to(device)
-        self.ema = networks(plan.model).to(device).requires_grad_(False)
-        self.ema.load_state_dict(self.parts.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.parts.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
-        self.predict = torch.compile(self._predict) if compile else self._predict
-        self.scenes = np.random.default_rng(plan.seed)
-        self.noise = torch.Generator(device).manual_seed(plan.seed)
-        self.tokenizer, self.abar = Tokenizer(), scaled_linear().alphas_cumprod.to(device)
-        self.steps, self.seconds = 0, 0.0
-
-    @property
-    def samples(self) -> int:
-        """Training images seen."""
-        return self.steps * self.plan.batch
-
-    @property
-    def progress(self) -> float:
-        """Share of the plan that is done; training ends at 1."""
-        if self.plan.samples is not None:
-            return self.samples / self.plan.samples
-        return self.seconds / (60 * self.plan.minutes)
-
-    def _predict(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.parts["unet"](x, t, self.parts["text_encoder"](tokens))
-
-    def step(self) -> Tensor:
-        """One step on fresh scenes. Returns the loss, a scalar that may still be on its way."""
-        start, plan = time.perf_counter(), self.plan
-        scenes = sample_scenes(plan.batch, self.scenes)
-        dropped = self.scenes.random(plan.batch) < plan.empty
-        captions = ["" if d else caption(s) for s, d in zip(scenes, dropped, strict=True)]
-        x0 = to_latents(render(scenes, self.device)[0])
-        options = {"generator": self.noise, "device": self.device}
-        t = torch.randint(len(self.abar), (plan.batch,), **options)
-        abar = self.abar[t][:, None, None, None]  # (b, 1, 1, 1)
-        x = abar.sqrt() * x0 + (1 - abar).sqrt() * torch.randn(x0.shape, **options)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=plan.bf16):
-            prediction = self.predict(x, t, self.tokenizer(captions).to(self.device))
-        weight = (abar / (1 - abar)).clamp(max=5)
-        loss = (weight * (prediction.float() - x0).square()).mean()
-
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
-        rate = plan.lr * min(1, (self.steps + 1) / plan.warmup) * max(0, 1 - self.progress)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.steps += 1
-        decay = min(plan.ema_decay, (1 + self.steps) / (10 + self.steps))
-        with torch.no_grad():
-            for average, p in zip(self.ema.parameters(), self.parts.parameters(), strict=True):
-                average.lerp_(p, 1 - decay)
-        self.seconds += time.perf_counter() - start
-        return loss.detach()
-
-    def save(self, folder: Path) -> None:
-        """Write everything that `resume` needs: tensors as safetensors, numbers as JSON.
-
-        Both files are written aside and then moved in place, the JSON, which names its tensors,
-        last: a run that is cut off while it writes leaves the checkpoint of before.
-        """
-        from safetensors.torch import save_file
-
-        tensors = {"noise": self.noise.get_state()}
-        for name, p in self.parts.named_parameters():
-            tensors |= {f"parts.{name}": p.detach()}
-            tensors |= {f"{key}.{name}": v for key, v in self.optimizer.state[p].items()}
-        tensors |= {f"ema.{name}": p for name, p in self.ema.named_parameters()}
-        numbers = {
-            "plan": asdict(self.plan),
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "scenes": self.scenes.bit_generator.state,
-            "tensors": f"checkpoint-{self.steps}.safetensors",
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / numbers["tensors"])
-        (folder / "checkpoint.json.new").write_text(json.dumps(numbers, indent=1))
-        (folder / "checkpoint.json.new").replace(folder / "checkpoint.json")
-        for old in folder.glob("checkpoint-*.safetensors"):
-            if old.name != numbers["tensors"]:
-                old.unlink()
-
-    @classmethod
-    def resume(cls, folder: Path, device: str = "cpu", compile: bool = False) -> "Trainer":
-        """Continue from the checkpoint in a folder, on the plan it was started with."""
-        from safetensors.torch import load_file
-
-        numbers = json.loads((folder / "checkpoint.json").read_text())
-        tensors = load_file(folder / numbers["tensors"])
-        model = numbers["plan"].pop("model")
-        model["unet"] = UNetConfig(**model["unet"])
-        trainer = cls(Plan(**numbers["plan"], model=ModelConfig(**model)), device, compile)
-        with torch.no_grad():
-            for name, p in trainer.parts.named_parameters():
-                p.copy_(tensors[f"parts.{name}"])
-                trainer.optimizer.state[p] = {
-                    key: tensors[f"{key}.{name}"].to(device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-            for name, p in trainer.ema.named_parameters():
-                p.copy_(tensors[f"ema.{name}"])
-        trainer.noise.set_state(tensors["noise"])
-        trainer.scenes.bit_generator.state = numbers["scenes"]
-        trainer.steps, trainer.seconds = numbers["steps"], numbers["seconds"]
-        return trainer
+from scfg.sampling import ddim
+from scfg.shapes.model import WEIGHTS, assemble, save_weights
+from scfg.shapes.scenes import caption, sample_scenes
+from scfg.shapes.training import Plan, Trainer
 
 
 def preview(trainer: Trainer, path: Path, count: int = 16, guidance_scale: float = 2.0) -> None:
@@ -197,11 +52,14 @@ def run(trainer: Trainer, out: Path, checkpoint_minutes: float, preview_minutes:
     from tqdm import tqdm
 
     mean = saved = shown = None
-    with tqdm(total=100, unit="%", mininterval=5) as bar:
+    leads = trainer.rank == 0
+    with tqdm(total=100, unit="%", mininterval=5, disable=not leads) as bar:
         while trainer.progress < 1:
             loss = trainer.step()
             mean = loss if mean is None else mean + 0.01 * (loss - mean)
             now = time.monotonic()
+            if not leads:
+                continue
             if trainer.steps % 100 == 0:
                 entry = {
                     "samples": trainer.samples,
@@ -255,6 +113,8 @@ def main() -> None:
         save_weights(trainer.ema, trainer.plan.model, args.export)
         print(f"{args.export}: {trainer.samples} samples, {trainer.seconds / 60:.1f} minutes")
         return
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if args.resume:
         trainer = Trainer.resume(args.out, args.device, args.compile)
     elif (args.out / "checkpoint.json").exists():

@@ -1,0 +1,189 @@
+"""One training run of the embedded model: its plan, a step, and its checkpoint.
+
+The network predicts x0 under min-SNR-5 weights, ``min(abar / (1 - abar), 5) |x0 - target|^2``
+(Hang et al., arXiv 2303.09556), on scenes drawn on the fly; one caption in ten is empty. AdamW with
+a short warm-up, then a learning rate that falls linearly to zero over the planned minutes or
+samples; the weights that are shown and exported are an exponential moving average (EMA).
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scfg.sampling import scaled_linear
+from scfg.shapes.model import ModelConfig, networks, to_latents
+from scfg.shapes.scenes import caption, render, sample_scenes
+from scfg.shapes.tokenizer import Tokenizer
+from scfg.unet import UNetConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What determines a run. The learning rate reaches zero at `minutes` or, if given, `samples`.
+
+    Only a run planned in samples is reproducible bit for bit; minutes are what a machine allows.
+    """
+
+    minutes: float = 110.0
+    samples: int | None = None
+    batch: int = 32
+    seed: int = 0
+    lr: float = 1e-3
+    warmup: int = 200  # steps
+    ema_decay: float = 0.998
+    empty: float = 0.1  # share of empty captions
+    bf16: bool = False
+    model: ModelConfig = ModelConfig()
+
+
+class Trainer:
+    """Everything that changes while training, and one step of it.
+
+    Args:
+        plan: What determines the run.
+        device: Where to train.
+        compile: Run the networks through `torch.compile`.
+    """
+
+    def __init__(self, plan: Plan, device: str = "cpu", compile: bool = False) -> None:
+        self.plan, self.device = plan, torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed)
+            self.parts = networks(plan.model).to(device)
+        self.ema = networks(plan.model).to(device).requires_grad_(False)
+        self.ema.load_state_dict(self.parts.state_dict())
+        self.optimizer = torch.optim.AdamW(
+            self.parts.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.predict = torch.compile(self._predict) if compile else self._predict
+        self.tokenizer, self.abar = Tokenizer(), scaled_linear().alphas_cumprod.to(device)
+        self.steps, self.seconds = 0, 0.0
+        self.rank, self.world = 0, 1
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if plan.batch % self.world:
+            raise ValueError(f"batch {plan.batch} cannot be split among {self.world} processes")
+
+    @property
+    def samples(self) -> int:
+        """Training images seen."""
+        return self.steps * self.plan.batch
+
+    @property
+    def progress(self) -> float:
+        """Share of the plan that is done; training ends at 1."""
+        if self.plan.samples is not None:
+            return self.samples / self.plan.samples
+        return self.seconds / (60 * self.plan.minutes)
+
+    def _predict(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.parts["unet"](x, t, self.parts["text_encoder"](tokens))
+
+    def step(self) -> Tensor:
+        """One step on fresh scenes, drawn from (seed, step, process) and nothing else.
+
+        Returns:
+            The loss, a scalar.
+        """
+        start, plan = time.perf_counter(), self.plan
+        loss = self._loss(np.random.default_rng([plan.seed, self.steps, self.rank]))
+        self.optimizer.zero_grad()
+        loss.backward()
+        loss = loss.detach()
+        if self.world > 1:
+            loss = self._average(loss)
+        nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
+        rate = plan.lr * min(1, (self.steps + 1) / plan.warmup) * max(0, 1 - self.progress)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.steps += 1
+        decay = min(plan.ema_decay, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for average, p in zip(self.ema.parameters(), self.parts.parameters(), strict=True):
+                average.lerp_(p, 1 - decay)
+        self.seconds += time.perf_counter() - start
+        return loss
+
+    def _loss(self, rng: np.random.Generator) -> Tensor:
+        """Min-SNR weighted loss of this process's share of a batch."""
+        count = self.plan.batch // self.world
+        scenes = sample_scenes(count, rng)
+        dropped = rng.random(count) < self.plan.empty
+        captions = ["" if d else caption(s) for s, d in zip(scenes, dropped, strict=True)]
+        x0 = to_latents(render(scenes, self.device)[0])
+        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**63)))
+        options = {"generator": generator, "device": self.device}
+        t = torch.randint(len(self.abar), (count,), **options)
+        abar = self.abar[t][:, None, None, None]  # (b, 1, 1, 1)
+        x = abar.sqrt() * x0 + (1 - abar).sqrt() * torch.randn(x0.shape, **options)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.bf16):
+            prediction = self.predict(x, t, self.tokenizer(captions).to(self.device))
+        weight = (abar / (1 - abar)).clamp(max=5)
+        return (weight * (prediction.float() - x0).square()).mean()
+
+    def _average(self, loss: Tensor) -> Tensor:
+        """Average gradients and loss over the processes, and agree on the time."""
+        clock = loss.new_tensor(self.seconds)
+        tensors = [*(p.grad for p in self.parts.parameters()), loss, clock]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = (flat / self.world).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+        self.seconds = clock.item()
+        return loss
+
+    def save(self, folder: Path) -> None:
+        """Write everything that `resume` needs: tensors as safetensors, numbers as JSON.
+
+        Both files are written aside and then moved in place, the JSON, which names its tensors,
+        last: a run that is cut off while it writes leaves the checkpoint of before.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, p in self.parts.named_parameters():
+            tensors |= {f"parts.{name}": p.detach()}
+            tensors |= {f"{key}.{name}": v for key, v in self.optimizer.state[p].items()}
+        tensors |= {f"ema.{name}": p for name, p in self.ema.named_parameters()}
+        numbers = {
+            "plan": asdict(self.plan),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "tensors": f"checkpoint-{self.steps}.safetensors",
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / numbers["tensors"])
+        (folder / "checkpoint.json.new").write_text(json.dumps(numbers, indent=1))
+        (folder / "checkpoint.json.new").replace(folder / "checkpoint.json")
+        for old in folder.glob("checkpoint-*.safetensors"):
+            if old.name != numbers["tensors"]:
+                old.unlink()
+
+    @classmethod
+    def resume(cls, folder: Path, device: str = "cpu", compile: bool = False) -> "Trainer":
+        """Continue from the checkpoint in a folder, on the plan it was started with."""
+        from safetensors.torch import load_file
+
+        numbers = json.loads((folder / "checkpoint.json").read_text())
+        tensors = load_file(folder / numbers["tensors"])
+        model = numbers["plan"].pop("model")
+        model["unet"] = UNetConfig(**model["unet"])
+        trainer = cls(Plan(**numbers["plan"], model=ModelConfig(**model)), device, compile)
+        with torch.no_grad():
+            for name, p in trainer.parts.named_parameters():
+                p.copy_(tensors[f"parts.{name}"])
+                trainer.optimizer.state[p] = {
+                    key: tensors[f"{key}.{name}"].to(device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+            for name, p in trainer.ema.named_parameters():
+                p.copy_(tensors[f"ema.{name}"])
+        trainer.steps, trainer.seconds = numbers["steps"], numbers["seconds"]
+        return trainer

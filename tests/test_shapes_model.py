@@ -1,0 +1,242 @@
+"""The embedded model: its networks, its training, and the weights that are shipped."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from scfg.shapes.model import (
+    WEIGHTS,
+    EpsPredictor,
+    ModelConfig,
+    assemble,
+    load_shapes_model,
+    networks,
+    save_weights,
+    to_latents,
+)
+from scfg.shapes.scenes import (
+    Scene,
+    caption,
+    render,
+    sample_scenes,
+)
+from scfg.shapes.tokenizer import Tokenizer
+from scfg.shapes.training import Plan, Trainer
+from scfg.unet import UNetConfig
+
+TINY = ModelConfig(
+    UNetConfig(
+        in_channels=48,
+        out_channels=48,
+        block_out_channels=(8, 16),
+        transformer_depth=(1, 1),
+        heads=(1, 2),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        norm_groups=4,
+    ),
+    text_layers=1,
+    text_heads=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def scenes_of(seed: int, count: int = 200) -> list[Scene]:
+    return sample_scenes(count, np.random.default_rng(seed))
+
+
+def test_tokens_are_encoded_knowing_only_the_words_before_them():
+    torch.manual_seed(0)
+    encoder = networks(TINY)["text_encoder"].double()
+    tokenizer = Tokenizer()
+    first = tokenizer("a red circle on a blue background")
+    second = tokenizer("a red circle and a green star on a blue background")
+    a, b = encoder(first), encoder(second)
+    torch.testing.assert_close(a[:, :4], b[:, :4], atol=1e-12, rtol=0)  # START a red circle
+    assert ((a[:, 4:] - b[:, 4:]).abs().amax(-1) > 1e-6).all()
+    empty = encoder(tokenizer(""))
+    torch.testing.assert_close(a[:, 0], empty[:, 0], atol=1e-12, rtol=0)
+
+
+def test_perfect_x0_becomes_the_noise_that_was_added():
+    model = assemble(networks(TINY))
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 6, 48, 5, 3, generator=generator, dtype=torch.float64)
+
+    class Perfect(nn.Module):
+        def forward(self, x, t, context):
+            return x0
+
+    abar = model.schedule.alphas_cumprod
+    predict = EpsPredictor(Perfect(), abar)
+    t = torch.tensor([0, 1, 100, 500, 900, 999])
+    a = abar.double()[t][:, None, None, None]
+    x = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    torch.testing.assert_close(predict(x, t, None), eps, atol=1e-5, rtol=0)
+    for i in range(len(t)):  # one timestep for the whole batch, as an int
+        torch.testing.assert_close(predict(x, t[i].item(), None)[i], eps[i], atol=1e-5, rtol=0)
+
+
+def test_latents_and_images_are_inverse():
+    images, _ = render(scenes_of(9, 3))
+    model = assemble(networks(TINY))
+    latents = to_latents(images)
+    assert latents.shape == (3, *model.latent_shape)
+    torch.testing.assert_close(model.decode(latents), images, atol=1e-6, rtol=0)
+    # Channel c * 16 + i * 4 + j of a latent is pixel (i, j) of its patch, halved.
+    assert latents[1, 2 * 16 + 3 * 4 + 1, 7, 11] == images[1, 2, 4 * 7 + 3, 4 * 11 + 1] / 2
+
+
+def test_saved_weights_load_as_the_same_model(tmp_path):
+    torch.manual_seed(1)
+    parts = networks(TINY)
+    save_weights(parts, TINY, tmp_path / "w.safetensors")
+    model = load_shapes_model(tmp_path / "w.safetensors")
+    assert not any(p.requires_grad for p in model.unet.parameters())
+    loaded = {**model.unet.unet.state_dict(prefix="unet.")}
+    loaded |= model.text_encoder.state_dict(prefix="text_encoder.")
+    assert loaded.keys() == parts.state_dict().keys()
+    for name, p in parts.state_dict().items():
+        assert torch.equal(loaded[name], p.half().float()), name
+    with pytest.raises(FileNotFoundError):
+        load_shapes_model(tmp_path / "absent.safetensors")
+
+
+def plan(**kwargs) -> Plan:
+    return Plan(**{"samples": 24, "batch": 4, "warmup": 2, "empty": 0.5, "model": TINY} | kwargs)
+
+
+def test_resumed_training_is_bit_for_bit_that_of_one_go(tmp_path):
+    straight = Trainer(plan())
+    losses = [straight.step().item() for _ in range(6)]
+    assert straight.progress == 1
+
+    cut = Trainer(plan())
+    assert [cut.step().item() for _ in range(3)] == losses[:3]
+    cut.save(tmp_path)
+    cut.step()  # what comes after the checkpoint is lost
+    resumed = Trainer.resume(tmp_path)
+    assert resumed.plan == plan() and resumed.samples == 12
+    assert [resumed.step().item() for _ in range(3)] == losses[3:]
+    for name in ("parts", "ema"):
+        expected = getattr(straight, name).state_dict()
+        for key, value in getattr(resumed, name).state_dict().items():
+            assert torch.equal(value, expected[key]), (name, key)
+
+
+def test_checkpoints_are_safetensors_and_json_and_replace_each_other(tmp_path):
+    trainer = Trainer(plan())
+    for _ in range(2):
+        trainer.step()
+        trainer.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-2.safetensors",
+        "checkpoint.json",
+    ]
+    header = (tmp_path / "checkpoint-2.safetensors").read_bytes()
+    size = int.from_bytes(header[:8], "little")
+    assert "ema.unet.conv_in.weight" in json.loads(header[8 : 8 + size])
+
+
+def test_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
+    trainer = Trainer(plan(lr=0.1))
+    rates = []
+    for _ in range(6):
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1 * f for f in (0.5, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    timed = Trainer(plan(samples=None, minutes=2.0))
+    timed.seconds = 30.0
+    assert timed.progress == 0.25
+
+
+def test_training_lowers_the_loss():
+    trainer = Trainer(plan(samples=320, batch=16, lr=1e-2))
+    losses = [trainer.step().item() for _ in range(20)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def _train_two_steps(rank, folder):
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    trainer = Trainer(plan())
+    for _ in range(2):
+        trainer.step()
+    trainer.save(folder / str(rank))
+    dist.destroy_process_group()
+
+
+def test_two_processes_take_the_steps_of_their_averaged_losses(tmp_path):
+    torch.multiprocessing.spawn(_train_two_steps, (tmp_path,), nprocs=2)
+    first, second = (Trainer.resume(tmp_path / rank) for rank in "01")
+    both = Trainer(plan(batch=2, samples=12))  # one process's share of a batch of 4
+    loss = both._loss
+
+    def average(_):
+        shares = (np.random.default_rng([0, both.steps, rank]) for rank in range(2))
+        return sum(loss(share) for share in shares) / 2
+
+    both._loss = average
+    for _ in range(2):
+        both.step()
+    for name, p in first.parts.named_parameters():
+        assert torch.equal(p, second.parts.get_parameter(name)), name
+        expected = both.parts.get_parameter(name)
+        torch.testing.assert_close(p, expected, atol=1e-5, rtol=0, msg=name)
+
+
+needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no trained weights shipped yet")
+
+
+@needs_weights
+def test_shipped_model_is_small_and_quick_to_load_and_predicts_eps():
+    assert WEIGHTS.stat().st_size <= 10e6
+    start = time.process_time()
+    model = load_shapes_model()
+    assert time.process_time() - start < 20  # a bound against hanging, not a benchmark
+    context = model.encode(["", "a red circle on a blue background"])
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    eps = model.unet(noise, torch.tensor([999, 999]), context)
+    assert eps.shape == noise.shape and eps.dtype == torch.float32
+    # At the last timestep x is nearly the noise itself.
+    assert (eps - noise).square().mean() < 0.02
+    modules = dict(model.unet.named_modules())
+    pairs = {name.rsplit(".", 1)[0] for name in modules if name.endswith(("attn1", "attn2"))}
+    assert len(pairs) == 7
+    for name in pairs:
+        for kind in ("attn1", "attn2"):
+            attention = modules[f"{name}.{kind}"]
+            assert attention.to_q.in_features % attention.heads == 0 and attention.to_k is not None
+
+
+@needs_weights
+def test_shipped_model_restores_its_scenes_from_noise_and_listens_to_the_caption():
+    model = load_shapes_model()
+    scenes = scenes_of(10, 16)
+    x0 = to_latents(render(scenes)[0])
+    captions = [caption(scene) for scene in scenes]
+    t = torch.full((16,), 700)
+    abar = model.schedule.alphas_cumprod[700]
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    x = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+    def error(captions):
+        eps = model.unet(x, t, model.encode(captions))
+        return ((x - (1 - abar).sqrt() * eps) / abar.sqrt() - x0).square().mean((1, 2, 3))
+
+    right, wrong = error(captions), error(captions[1:] + captions[:1])
+    spread = x0.var()
+    assert right.mean() < 0.2 * spread
+    assert (right < wrong).float().mean() >= 0.9
