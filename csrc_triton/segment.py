@@ -1,0 +1,140 @@
+"""From the evidence of all levels to labels and foreground: upsample, blur, add, argmax, one launch.
+
+Tokens are compared within one program, so a patch needs no second pass; labels of one tile need no
+other tile's, so nothing waits for the whole grid.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.blur import _blurred_upsampling
+from csrc_triton.launch import on_device_of, refuse_gradients
+
+SHAPES = (  # h, w, t, factors of the usual sizes
+    (16, 16, 77, (1, 2)), (32, 32, 77, (1, 2)),  # SD 1.5 at 512 and 1024
+    (24, 24, 77, (1, 2)),  # SD 2.1 at 768
+    (32, 32, 77, (1,)),  # SDXL at 1024
+    (16, 16, 16, (1, 2)),  # the embedded model
+)  # fmt: skip
+
+
+@triton.jit
+def _first_read(fine, size, FACTOR: tl.constexpr):
+    """Lowest coarse pixel that pixel `fine` reads through blur and upsampling; it reads three."""
+    return tl.minimum(tl.maximum(2 * fine - 1 - FACTOR, 0) // (2 * FACTOR), (size - 1) // FACTOR)
+
+
+@triton.jit
+def _blurred_level(x_ptr, column, active, stride, top, left, h, w,
+                   FACTOR: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                   COLS: tl.constexpr):  # fmt: skip
+    """Some columns of one level, upsampled and blurred on one tile: (COLS, ROWS * columns).
+
+    Coarse columns come 16 at a time: a dot 32 deep holds too many operands to stay in registers.
+    """
+    COLUMNS: tl.constexpr = column.shape[0]
+    HEIGHT: tl.constexpr = 2 * ROWS if FACTOR == 1 else ROWS  # at least (ROWS - 1) / FACTOR + 3
+    y = _first_read(top, h, FACTOR) + tl.arange(0, HEIGHT)
+    y_end = _first_read(tl.minimum(top + ROWS, h) - 1, h, FACTOR) + 3
+    x_end = _first_read(tl.minimum(left + COLS, w) - 1, w, FACTOR) + 3
+    width = (w - 1) // FACTOR + 1
+    active_y = (y < tl.minimum(y_end, (h - 1) // FACTOR + 1))[:, None, None] & active[None, None, :]
+    vertical = _blurred_upsampling(top + tl.arange(0, ROWS), y, h, FACTOR)
+    total = tl.full((COLS, ROWS * COLUMNS), 0.0, tl.float32)
+    for part in range(0, WIDTH, 16):
+        x = _first_read(left, w, FACTOR) + part + tl.arange(0, 16)
+        offset = ((y[:, None] * width + x[None, :]) * stride)[:, :, None] + column[None, None, :]
+        inside = active_y & (x < tl.minimum(x_end, width))[None, :, None]
+        block = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        block = tl.reshape(block, (HEIGHT, 16 * COLUMNS))
+        block = tl.dot(vertical, block, input_precision="ieee")
+        block = tl.permute(tl.reshape(block, (ROWS, 16, COLUMNS)), (1, 0, 2))
+        horizontal = _blurred_upsampling(left + tl.arange(0, COLS), x, w, FACTOR)
+        block = tl.reshape(block, (16, ROWS * COLUMNS))
+        total = tl.dot(horizontal, block, acc=total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, t, u, h, w,
+                    FACTORS: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
+                    COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Labels and foreground of one tile of ROWS x COLS patches of one image.
+
+    Grid (b, ceil(h / ROWS), ceil(w / COLS)). TOKENS columns at a time, the evidence under the tile
+    and its halo is read once, labels are written once. 8 rows and the full width of SD 1.5 and SDXL
+    make the halo, read by two tiles, at most a quarter; 16 tokens are two sectors, and all that
+    fits the registers of 8 warps.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    top, left = tl.program_id(1) * ROWS, tl.program_id(2) * COLS
+    best = tl.full((COLS, ROWS), float("-inf"), tl.float32)
+    label = tl.full((COLS, ROWS), 0, tl.int32)
+    for block in range(0, t, TOKENS):
+        token = block + tl.arange(0, TOKENS)
+        total = tl.full((COLS, ROWS * TOKENS), 0.0, tl.float32)
+        for level in tl.static_range(len(FACTORS)):
+            n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
+            x_ptr = tokens_ptr[level] + image * n * (t + 1)
+            total += _blurred_level(x_ptr, token, token < t, t + 1, top, left, h, w,
+                                    FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
+        total = tl.reshape(total, (COLS, ROWS, TOKENS))
+        total = tl.where((token < t)[None, None, :], total, float("-inf"))
+        value, index = tl.max(total, axis=2, return_indices=True)  # lowest index on ties
+        label = tl.where(value > best, block + index, label)
+        best = tl.maximum(best, value)
+    side = tl.arange(0, 2)  # START, the rest
+    total = tl.full((COLS, ROWS * 2), 0.0, tl.float32)
+    for level in tl.static_range(len(FACTORS)):
+        n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
+        x_ptr = start_ptr[level] + image * n * (u + 1)
+        total += _blurred_level(x_ptr, side * u, side < 2, u + 1, top, left, h, w,
+                                FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
+    margin = tl.where((side == 0)[None, None, :], -1.0, 1.0) * tl.reshape(total, (COLS, ROWS, 2))
+    row, col = top + tl.arange(0, ROWS)[None, :], left + tl.arange(0, COLS)[:, None]
+    offset, inside = (image * h + row) * w + col, (row < h) & (col < w)
+    tl.store(labels_ptr + offset, label.to(tl.int64), mask=inside)
+    tl.store(foreground_ptr + offset, tl.sum(margin, axis=2) > 0, mask=inside)
+
+
+def _blocks(w: int, factors: list[int]) -> dict:
+    """The constants of `_segment_kernel`; WIDTHS is what a tile reads of a coarse row."""
+    cols = 16 if w <= 16 else 32
+    widths = tuple(min((cols - 1) // factor + 3, -(-w // factor)) for factor in factors)
+    return dict(FACTORS=tuple(factors), WIDTHS=widths, ROWS=8, COLS=cols, TOKENS=16)
+
+
+def segment(
+    tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Give each patch to the token with the largest evidence, and mark the foreground.
+
+    Twin of `scfg.reference.segment`: same arguments, same results, accumulated in float32. Any
+    number of levels. A token whose evidence is NaN wins no patch.
+
+    Raises:
+        RuntimeError: An input requires grad.
+    """
+    refuse_gradients("segment", *tokens, *start)
+    b, _, columns = tokens[0].shape
+    labels = tokens[0].new_empty((b, h, w), dtype=torch.int64)
+    foreground = tokens[0].new_empty((b, h, w), dtype=torch.bool)
+    blocks = _blocks(w, factors)
+    grid = (b, triton.cdiv(h, blocks["ROWS"]), triton.cdiv(w, blocks["COLS"]))
+    with on_device_of(labels):
+        _segment_kernel[grid](
+            tuple(tokens), tuple(start), labels, foreground, columns - 1, start[0].shape[2] - 1,
+            h, w, **blocks, num_warps=8, num_stages=2)  # fmt: skip
+    return labels, foreground
+
+
+def specializations():
+    """Launches to compile without a GPU, as in `csrc_triton.attention.specializations`."""
+    for h, w, t, factors in SHAPES:
+        levels = [
+            torch.empty(2, -(-h // factor) * -(-w // factor), t + 1, device="meta")
+            for factor in factors
+        ]
+        yield segment, (levels, levels, h, w, factors)
