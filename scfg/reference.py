@@ -7,6 +7,7 @@ except `segment`, whose result is discrete. Inputs are not checked: `scfg.ops` d
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 BLUR = (math.exp(-1) / (1 + 2 * math.exp(-1)), 1 / (1 + 2 * math.exp(-1)))  # side, centre
@@ -275,7 +276,7 @@ def segment(
     def assemble(levels: list[Tensor]) -> Tensor:
         total = 0
         for x, factor in zip(levels, factors, strict=True):
-            grid = x.mT.unflatten(-1, (-(-h // factor), -(-w // factor)))  # (b, t, h_l, w_l)
+            grid = rearrange(x, "b (h w) t -> b t h w", h=-(-h // factor))
             total = total + upsample(grid, h, w, factor)
         return blur(total)  # (b, t, h, w)
 
@@ -322,12 +323,12 @@ def region_sums(
         foreground, in p partial sums of which only the total over p is defined (here p = 1).
     """
     a = guidance_norm(eps_uncond, eps_text)  # (b, H, W)
-    a = torch.stack([a, torch.ones_like(a)], dim=-1).flatten(1, 2)  # (b, H*W, 2)
+    a = rearrange([a, torch.ones_like(a)], "k b h w -> b (h w) k")
     size = eps_text.shape[-2:]
-    owner = spread(labels, *size, factor).flatten(1)  # (b, H*W)
+    owner = rearrange(spread(labels, *size, factor), "b h w -> b (h w)")
     sums = a.new_zeros(a.shape[0], tokens, 2)
     sums = sums.scatter_add(1, owner[..., None].expand(-1, -1, 2), a)  # (b, t, 2)
-    inside = spread(foreground, *size, factor).flatten(1)  # (b, H*W)
+    inside = rearrange(spread(foreground, *size, factor), "b h w -> b (h w)")
     benchmark = torch.where(inside[..., None], a, 0).sum(dim=1, keepdim=True)  # (b, 1, 2)
     return torch.cat([sums, benchmark], dim=1)[:, None]
 
