@@ -38,7 +38,7 @@ def page(images: Sequence[dict[str, Generated]], settings: str) -> str:
         "labelSize": list(first.trace[0].labels.shape[1:]),
         "rateSize": list(first.trace[0].rate.shape[1:]),
         "rateRange": rate_range([step.rate for step in steps]),
-        "rateColours": VIRIDIS.tolist(),
+        "rateColours": VIRIDIS,
         "images": [
             {
                 "seed": next(iter(image.values())).seeds[0],

@@ -1,0 +1,209 @@
+"""The command line: what it writes, what it says, what its pictures show."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scfg import cli
+from scfg.generate import generate
+from scfg.panel import GAP, MARGIN, SIDE, panel
+from scfg.picture import CELL, NO_WORD, draw_regions, rate_range, viridis, word_colours
+from scfg.shapes.model import WEIGHTS, ModelConfig, assemble, networks
+from scfg.unet import UNetConfig
+
+PROMPT = "a striped red circle on a green background"
+UNET = UNetConfig(48, 48, (16, 32), (1, 1), 1, (1, 2), 1, 24, norm_groups=8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights: nothing here depends on how well the model draws."""
+    torch.manual_seed(0)
+    config = ModelConfig(UNET, text_layers=1, text_heads=2)
+    return assemble(networks(config).eval().requires_grad_(False))
+
+
+@pytest.fixture
+def run(model, monkeypatch, tmp_path):
+    """Run `scfg generate` in an empty folder, for three steps."""
+    monkeypatch.setattr(cli, "load_shapes_model", lambda: model)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options, prompt=PROMPT):
+        return cli.main(["generate", prompt, "--steps", "3", *options])
+
+    return run
+
+
+def bytes_of(image):
+    """(3, 64, 64) in [-1, 1] as the bytes of a PNG: (64, 64, 3)."""
+    return ((image.numpy().transpose(1, 2, 0) + 1) / 2 * 255).round().astype(np.uint8)
+
+
+def cells(path, rows, columns):
+    """Cells of a panel with a one-line title, by row and column."""
+    picture = np.array(Image.open(path))
+    top = MARGIN + 40 + 80
+    return [
+        [picture[y : y + CELL, x : x + CELL] for x in range(MARGIN + SIDE, 9999, CELL + GAP)][
+            :columns
+        ]
+        for y in range(top, top + rows * (CELL + GAP), CELL + GAP)
+    ]
+
+
+@pytest.mark.parametrize("method", ["cfg", "scfg", "both"])
+def test_the_panel_holds_the_images_of_each_method_pixel_by_pixel(run, model, method):
+    assert run("--method", method, "--count", "2", "--seed", "4") == 0
+    methods = ["cfg", "scfg"] if method == "both" else [method]
+    rows = cells("out.png", 2, len(methods))
+    for k, row in enumerate(rows):
+        for name, cell in zip(methods, row, strict=True):
+            expected = generate(model, [PROMPT], [4 + k], method=name, steps=3).images[0]
+            assert (cell == np.kron(bytes_of(expected), np.ones((5, 5, 1), np.uint8))).all()
+
+
+def test_same_seed_same_bytes_and_another_seed_another_picture(run):
+    for name, seed in (("one.png", "1"), ("again.png", "1"), ("two.png", "2")):
+        assert run("--seed", seed, "--out", name) == 0
+    one, again, two = (Path(f"{name}.png").read_bytes() for name in ("one", "again", "two"))
+    assert one == again
+    assert one != two
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler", "euler_ancestral"])
+def test_an_image_does_not_depend_on_the_count(run, sampler):
+    assert run("--sampler", sampler, "--trace", "alone", "--out", "alone.png") == 0
+    assert run("--sampler", sampler, "--trace", "three", "--out", "three.png", "--count", "3") == 0
+    assert sorted(p.name for p in Path("three").iterdir()) == [f"seed{k}.png" for k in range(3)]
+    assert Path("alone/seed0.png").read_bytes() == Path("three/seed0.png").read_bytes()
+    alone, three = cells("alone.png", 1, 2)[0], cells("three.png", 3, 2)[0]
+    assert all((a == b).all() for a, b in zip(alone, three, strict=True))
+
+
+def test_every_option_reaches_generate(run, monkeypatch):
+    seen = []
+
+    def spy(*args, **kwargs):
+        seen.append((args[1:], kwargs))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(cli, "generate", spy)
+    given = ("--seed", "9", "--guidance-scale", "1.75", "--sampler", "dpmpp_2m")
+    assert run(*given, "--backend", "torch", "--propagation", "official", "--method", "scfg") == 0
+    ((positional, named),) = seen
+    assert positional == ([PROMPT], [9])
+    assert named["guidance_scale"] == 1.75 and named["sampler"] == "dpmpp_2m"
+    assert named["backend"] == "torch" and named["config"].propagation == "official"
+    assert named["method"] == "scfg" and named["steps"] == 3
+
+
+def test_it_says_what_it_wrote_unless_quiet(run, capsys):
+    assert run("--out", "new/folder/a.png", "--html", "b/b.html", "--trace", "c") == 0
+    assert capsys.readouterr().out.split() == [
+        "wrote",
+        *("new/folder/a.png", "c/seed0.png", "b/b.html"),
+    ]
+    assert run("--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_unknown_word_is_named_with_the_known_ones_and_nothing_is_written(run, capsys):
+    assert run("--trace", "strips", prompt="a red hippopotamus on a green background") == 2
+    message = capsys.readouterr().err
+    assert "'hippopotamus'" in message
+    for word in ("red", "circle", "checkered", "background"):
+        assert word in message.split("hippopotamus")[1]
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guidance-scale", "0"], "guidance_scale must be finite and > 0, got 0.0"),
+        (["--guidance-scale", "nan"], "guidance_scale must be finite and > 0, got nan"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "1001"], "steps"),
+        (["--model", "checkpoint"], "--model checkpoint: checkpoints need the diffusers adapter"),
+        (["--out", "file/out.png"], "file"),
+        (["--out", "out.unknown"], "unknown"),
+    ],
+)
+def test_a_bad_option_is_named_with_exit_status_2(run, capsys, options, message):
+    Path("file").write_text("not a folder")
+    assert run(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--count", "0"], ["--sampler", "heun"], ["--method", "x"], ["--seed", "one"]]
+)
+def test_what_argparse_refuses_has_exit_status_2(run, capsys, options):
+    with pytest.raises(SystemExit) as stopped:
+        run(*options)
+    assert stopped.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_drawn_without_words(run):
+    assert run(prompt="") == 0
+    assert Image.open("out.png").size[1] > CELL
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not there")
+def test_the_module_runs_on_its_own_weights(tmp_path):
+    command = [sys.executable, "-m", "scfg", "generate", PROMPT, "--steps", "2", "--out", "a.png"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "wrote a.png\n"
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+
+
+def test_the_module_reports_errors_to_the_shell(tmp_path):
+    command = [sys.executable, "-m", "scfg", "generate", PROMPT, "--model", "nowhere"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("scfg generate: error: --model nowhere")
+
+
+def test_regions_have_the_colour_of_their_word_and_markers_none():
+    words = (None, "red", "circle", "on", None, None)
+    labels = torch.tensor([[0, 1, 1, 2], [5, 2, 2, 2]])
+    colours = word_colours(words, [labels])
+    assert set(colours) == {1, 2}  # "on" owns nothing
+    cell = np.array(draw_regions(torch.zeros(3, 64, 64), labels, words, colours)).astype(int)
+    size = (CELL // 2, CELL // 4)
+    for (row, column), label in np.ndenumerate(labels.numpy()):
+        pixel = cell[row * size[0] + size[0] // 2, column * size[1] + size[1] // 2]
+        colour = np.array(list(bytes.fromhex(colours.get(label, NO_WORD)[1:])))
+        grey = int(100 + 0.6 * 128)
+        assert (abs(pixel - (0.75 * colour + 0.25 * grey)) <= 2).all(), (row, column)
+
+
+def test_the_rate_colours_are_viridis():
+    colormaps = pytest.importorskip("matplotlib").colormaps
+    values = np.linspace(0.8, 3, 50)[None]
+    expected = colormaps["viridis"]((values - 0.8) / 2.2)[..., :3] * 255
+    assert abs(np.array(viridis(values, 0.8, 3)) - expected).max() < 7
+
+
+def test_the_ends_of_the_rate_bar_enclose_the_rates():
+    rates = [torch.tensor([[0.8, 1.23]]), torch.tensor([[0.97, 2.0]])]
+    assert rate_range(rates) == (0.8, 2.0)
+    assert rate_range([torch.ones(2, 2)]) == (1.0, 1.1)
+
+
+def test_a_long_prompt_makes_the_panel_taller_not_wider(model):
+    short, long = "a red circle", "a striped red circle and a blue square on a checkered green"
+    images = [generate(model, [text], [0], steps=2, trace=True) for text in (short, long)]
+    pictures = [panel([{"scfg": image}], 1, "settings") for image in images]
+    assert pictures[0].width == pictures[1].width
+    assert pictures[0].height < pictures[1].height
