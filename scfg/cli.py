@@ -2,9 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from scfg.config import PROPAGATIONS
 from scfg.generate import METHODS, SAMPLERS, SHAPES_CONFIG, Generated, generate
@@ -87,7 +90,7 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
 
     methods = METHODS if options.method == "both" else (options.method,)
     total = options.count * len(methods) * options.steps
-    with tqdm(total=total, disable=options.quiet or None, unit="step") as bar:
+    with tqdm(total=total, disable=options.quiet or None, unit="step") as bar, one_thread():
         images = [
             {method: _draw(model, options, method, k, bar.update) for method in methods}
             for k in range(options.count)
@@ -121,6 +124,21 @@ def load_model(path: Path | None) -> ShapesModel:
     return load_shapes_model()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Draw with one thread: the model is too small for more to help.
+
+    Threads that wait for each other on a busy machine cost many times what they save, and their
+    number would change the last bits of a picture.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def shown_step(steps: int) -> int:
     """Index of the step whose regions and rate the panel shows."""
     return steps // 2
@@ -138,7 +156,7 @@ def _draw(model, options, method, k, callback) -> Generated:
         sampler=options.sampler,
         config=replace(SHAPES_CONFIG, propagation=options.propagation),
         backend=options.backend,
-        trace=True,
+        trace=options.html is not None or method == "scfg" or options.method == "cfg",
         callback=callback,
     )
 

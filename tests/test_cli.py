@@ -104,6 +104,17 @@ def test_every_option_reaches_generate(run, monkeypatch):
     assert named["method"] == "scfg" and named["steps"] == 3
 
 
+def test_the_number_of_threads_is_given_back_also_after_an_error(run):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        assert run() == 0
+        assert run("--guidance-scale", "-1") == 2
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_it_says_what_it_wrote_unless_quiet(run, capsys):
     assert run("--out", "new/folder/a.png", "--html", "b/b.html", "--trace", "c") == 0
     assert capsys.readouterr().out.split() == [
