@@ -1,0 +1,227 @@
+"""S-CFG in diffusers' classic pipelines, whose call stays as it is.
+
+    with attach(pipe):
+        image = pipe("a red circle and a blue square").images[0]
+
+The pipelines combine predictions by themselves, ``u + g (c - u)``. Hooks on the U-Net record its
+attention and rewrite the unconditional half of what it returns, ``u' = c - (c - u) (g rate - 1) /
+(g - 1)``, so that the pipeline's own formula gives ``u + g rate (c - u)``. The text half is left
+alone, and with it ``guidance_rescale``, perturbed-attention guidance and DeepFloyd IF's variance.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from scfg.adapters.phrases import phrase_weights
+from scfg.adapters.steps import Steps
+from scfg.attention import AttentionRecorder
+from scfg.config import SCFGConfig
+from scfg.guidance import Guided
+
+MARK = "_guided_by_scfg"  # attribute of a U-Net that is attached to
+
+
+@contextmanager
+def attach(
+    pipe,
+    guidance_scale: float | None = None,
+    config: SCFGConfig = SCFGConfig(),  # noqa: B008  (frozen)
+    backend: str = "auto",
+    callback: Callable[[Guided], object] | None = None,
+    token_weights: Mapping[str, float] | Tensor | None = None,
+    start: float = 0.0,
+    stop: float = 1.0,
+    every: int = 1,
+) -> Iterator:
+    """Guide everything that a pipeline makes inside a ``with`` block by S-CFG.
+
+    Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet``:
+    another pipeline that shares it is not to be used inside the block.
+
+    Args:
+        pipe: A pipeline of diffusers with a U-Net and two-branch classifier-free guidance.
+        guidance_scale: For pipelines that do not tell theirs (DeepFloyd IF): the same as in the
+            call. For all others None: it is read at every step.
+        config: Constants.
+        backend: See `scfg.ops`.
+        callback: Called with the `Guided` of every step on which S-CFG acted.
+        token_weights: Factors of the rates of phrases, as ``{"blue square": 1.5}``, found in the
+            prompt of each call; or (t,) or (prompts, t), one for each token.
+        start: S-CFG acts from this fraction of a run's noise levels on; plain guidance before it.
+        stop: It acts until this fraction.
+        every: Regions are found on every so many noise levels, and kept in between.
+
+    Yields:
+        pipe.
+
+    Raises:
+        ValueError: The pipeline has no U-Net, or is attached to already; guidance_scale is missing
+            or superfluous; start, stop or every is out of range; a phrase is not in a prompt.
+        RuntimeError: From the pipeline's call: its batch is not [unconditional, text], or the
+            attention of the U-Net was not seen (see `scfg.attention.AttentionRecorder.finish`).
+    """
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, nn.Module):
+        raise ValueError(f"pipe must have a U-Net, pipe.unet, got {type(pipe).__name__}")
+    if MARK in vars(getattr(unet, "_orig_mod", unet)):
+        raise ValueError("pipe.unet is guided already, by another attach that has not ended")
+    tells = hasattr(type(pipe), "guidance_scale")
+    if tells == (guidance_scale is not None):
+        need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
+        raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
+    steps = Steps(config, backend, callback, start, stop, every)
+    guide = _Guide(pipe, guidance_scale, steps, token_weights)
+    try:
+        guide.add(unet)
+        yield pipe
+    finally:
+        guide.remove()
+
+
+class _Guide:
+    """Hooks around the U-Net of one pipeline, and what they have to know about its run."""
+
+    def __init__(self, pipe, guidance_scale, steps: Steps, token_weights):
+        self.pipe, self.guidance_scale, self.steps = pipe, guidance_scale, steps
+        self.token_weights = token_weights
+        self.table = token_weights if isinstance(token_weights, Tensor) else None
+        self.recorder: AttentionRecorder | None = None
+        self.acting = self.recording = False
+        self._undo: list[Callable[[], object]] = []
+        self._schedule, self._levels = None, []  # noise levels of the run at hand
+        self._checked: tuple | None = None  # shape of the last batch found to be in two halves
+
+    def add(self, unet: nn.Module) -> None:
+        """Put the hooks on."""
+        module = getattr(unet, "_orig_mod", unet)  # inside torch.compile(unet)
+        vars(module)[MARK] = self
+        self._undo.append(lambda: vars(module).pop(MARK))
+        self.recorder = AttentionRecorder(unet, self.steps.config, self.steps.backend)
+        self._undo.append(self.recorder.remove)
+        compiled = unet._compiled_call_impl
+        if compiled is None:
+            self._undo.append(unet.register_forward_pre_hook(self.before, with_kwargs=True).remove)
+            self._undo.append(unet.register_forward_hook(self.after).remove)
+        else:  # unet.compile() would trace the hooks too
+
+            def call(*args, **kwargs):
+                self.before(unet, args, kwargs)
+                return self.after(unet, args, compiled(*args, **kwargs))
+
+            unet._compiled_call_impl = call
+            self._undo.append(lambda: setattr(unet, "_compiled_call_impl", compiled))
+        if isinstance(self.token_weights, Mapping):
+            self._read_prompts()
+
+    def remove(self) -> None:
+        """Take everything off."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def _read_prompts(self) -> None:
+        """Look the phrases up in the prompt of every call, as it is encoded."""
+        pipe, encode = self.pipe, self.pipe.encode_prompt
+        parameters = inspect.signature(encode)
+        convert = getattr(pipe, "maybe_convert_prompt", lambda prompt, tokenizer: prompt)
+
+        def encode_prompt(*args, **kwargs):
+            prompt = parameters.bind(*args, **kwargs).arguments.get("prompt")
+            if prompt is None:
+                raise ValueError(
+                    "token_weights by phrase need the prompt, the call has only its embeddings; "
+                    "give a tensor of weights (see scfg.adapters.phrases.phrase_weights)"
+                )
+            prompt = convert(prompt, pipe.tokenizer)
+            self.table = phrase_weights(pipe.tokenizer, prompt, self.token_weights)
+            return encode(*args, **kwargs)
+
+        pipe.encode_prompt = encode_prompt
+        self._undo.append(lambda: vars(pipe).pop("encode_prompt"))
+
+    def _scale(self) -> float:
+        """The guidance scale of the call at hand; 1 where it is not guided."""
+        scale = self.guidance_scale
+        scale = float(self.pipe.guidance_scale if scale is None else scale)
+        return scale if getattr(self.pipe, "do_classifier_free_guidance", scale > 1) else 1.0
+
+    def _parts(self) -> int:
+        """Branches in a batch; the third is perturbed attention."""
+        return 3 if getattr(self.pipe, "do_perturbed_attention_guidance", False) else 2
+
+    def _step(self, t: Tensor | float) -> tuple[int, int]:
+        """Number of a timestep among the noise levels of its run, and how many those are."""
+        schedule = self.pipe.scheduler.timesteps
+        if schedule is not self._schedule:  # schedulers make a new one for each run
+            self._schedule = schedule
+            self.steps.forget()
+            levels = [float(level) for level in schedule]
+            begin = levels.index(float(t))
+            count = getattr(self.pipe, "num_timesteps", None) or len(levels)
+            self._levels = list(dict.fromkeys(levels[begin : begin + count]))
+        return self._levels.index(float(t)), len(self._levels)
+
+    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Decide whether S-CFG acts on this call, and start recording."""
+        self.recorder.abort()
+        self.acting = self._scale() > 1
+        if self.acting and not self.steps.always:
+            t = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            step = self._step(t)
+            self.acting = self.steps.acts(*step)
+            self.recording = self.steps.finds(*step)
+        else:
+            self.recording = self.acting
+        if self.acting:
+            sample = kwargs["sample"] if "sample" in kwargs else args[0]
+            self._check(sample)
+            if self.recording:
+                self.recorder.start(sample)
+
+    def _check(self, sample: Tensor) -> None:
+        """Raise unless a batch is [unconditional, text] of the same latents."""
+        if sample.shape == self._checked:  # once, for it waits for the device
+            return
+        parts = sample.chunk(self._parts())
+        if not all(part.shape == parts[0].shape and part.equal(parts[0]) for part in parts):
+            raise RuntimeError(
+                f"the U-Net of {type(self.pipe).__name__} must be called with the same latents for "
+                f"each of {self._parts()} branches, [unconditional, text]; got another batch of "
+                f"shape {tuple(sample.shape)}"
+            )
+        self._checked = sample.shape
+
+    def after(self, unet: nn.Module, args: tuple, output):
+        """Rewrite what the U-Net returned."""
+        if not self.acting:
+            return output
+        if isinstance(output, tuple):
+            return (self.rewrite(output[0]), *output[1:])
+        if isinstance(output, Tensor):
+            return self.rewrite(output)
+        return dataclasses.replace(output, sample=self.rewrite(output.sample))
+
+    def rewrite(self, prediction: Tensor) -> Tensor:
+        """The prediction with another unconditional part."""
+        scale, b = self._scale(), len(prediction) // self._parts()
+        eps = prediction[:, : prediction.shape[1] // 2] if self._learns(prediction) else prediction
+        uncond, text = eps[:b], eps[b : 2 * b]
+        branches = None
+        if self.recording:
+            evidence = self.recorder.finish()
+            branches = evidence.rows(0, b), evidence.rows(b, 2 * b)
+        rate = self.steps.guide(uncond, text, branches, scale, self.table).rate
+        wide = text.to(rate.dtype)
+        gap = (wide - uncond.to(rate.dtype)) * ((scale * rate - 1) / (scale - 1))
+        rewritten = prediction.clone()
+        rewritten[:b, : eps.shape[1]] = (wide - gap).to(prediction.dtype)
+        return rewritten
+
+    def _learns(self, prediction: Tensor) -> bool:
+        """Whether the second half of the channels is a variance."""
+        kind = getattr(self.pipe.scheduler.config, "variance_type", None)
+        return prediction.shape[1] == 6 or kind in ("learned", "learned_range")
