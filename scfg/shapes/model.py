@@ -131,11 +131,11 @@ def assemble(parts: nn.ModuleDict) -> ShapesModel:
     return ShapesModel(unet, parts["text_encoder"], Tokenizer(), schedule)
 
 
-def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path) -> None:
-    """Write the networks in float16, with their topology as the metadata of the file."""
+def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path, **facts: str) -> None:
+    """Write the networks in float16; the metadata holds their topology and any further facts."""
     save_file = _safetensors("torch").save_file
     tensors = {name: p.detach().half().contiguous().cpu() for name, p in parts.state_dict().items()}
-    save_file(tensors, path, {"config": json.dumps(asdict(config))})
+    save_file(tensors, path, {"config": json.dumps(asdict(config)), **facts})
 
 
 def load_shapes_model(

@@ -110,8 +110,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.export is not None:
         trainer = Trainer.resume(args.out)
-        save_weights(trainer.ema, trainer.plan.model, args.export)
-        print(f"{args.export}: {trainer.samples} samples, {trainer.seconds / 60:.1f} minutes")
+        plan = {name: value for name, value in vars(trainer.plan).items() if name != "model"}
+        minutes = f"{trainer.seconds / 60:.1f}"
+        facts = {"plan": json.dumps(plan), "samples": str(trainer.samples), "minutes": minutes}
+        save_weights(trainer.ema, trainer.plan.model, args.export, **facts)
+        print(f"{args.export}: {trainer.samples} samples, {minutes} minutes, {plan}")
         return
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
