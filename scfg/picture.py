@@ -17,6 +17,7 @@ PALETTE = (
     "#e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 "
     "#661100 #332288 #ddcc77 #882255 #ffaabb #aa4499 #88ccee"
 ).split()
+NAMED = dict(zip("cyan green yellow blue red purple".split(), PALETTE[1:7], strict=True))
 # matplotlib's viridis (CC0) at 17 even points; straight lines between them are within 6 / 255.
 VIRIDIS = (
     "#440154 #48186a #472d7b #424086 #3b528b #33638d #2c728e #26818e #21908c "
@@ -27,12 +28,18 @@ VIRIDIS = (
 def word_colours(words: Sequence[str | None], labels: Sequence[Tensor]) -> dict[int, str]:
     """Colour of every token that owns a patch in any of the label maps (h, w), by position.
 
-    START, END and padding have none.
+    A word that names a colour of the palette has it; the others take the rest in the order of
+    their area. START, END and padding have none.
     """
     area = np.bincount(np.concatenate([x.flatten().numpy() for x in labels]), minlength=len(words))
-    owners = sorted(np.flatnonzero(area), key=lambda position: -area[position])
-    owners = [int(position) for position in owners if words[position] is not None]
-    return {position: PALETTE[i % len(PALETTE)] for i, position in enumerate(owners)}
+    owners = sorted(np.flatnonzero(area).tolist(), key=lambda position: -area[position])
+    owners = [position for position in owners if words[position] is not None]
+    named = {NAMED[words[i]]: i for i in reversed(owners) if words[i] in NAMED}
+    colours = {position: colour for colour, position in named.items()}
+    free = [colour for colour in PALETTE if colour not in named]
+    others = [position for position in owners if position not in colours]
+    colours |= {position: free[i % len(free)] for i, position in enumerate(others)}
+    return {position: colours[position] for position in owners}
 
 
 def to_pillow(image: Tensor) -> Image.Image:

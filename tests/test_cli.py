@@ -199,6 +199,16 @@ def test_regions_have_the_colour_of_their_word_and_markers_none():
         assert (abs(pixel - (0.75 * colour + 0.25 * grey)) <= 2).all(), (row, column)
 
 
+def test_a_word_that_names_a_colour_has_it_once_and_no_two_words_share_one():
+    words = (None, "a", "red", "circle", "red", "on", "blue", "ground", None)
+    labels = [torch.arange(9).view(3, 3), torch.tensor([[4, 4], [7, 0]])]
+    colours = word_colours(words, labels)
+    assert set(colours) == set(range(1, 8))
+    assert len(set(colours.values())) == 7
+    assert (colours[4], colours[6]) == ("#d55e00", "#0072b2")  # the larger of the two reds
+    assert list(colours)[:2] == [4, 7]  # the largest regions come first
+
+
 def test_the_rate_colours_are_viridis():
     colormaps = pytest.importorskip("matplotlib").colormaps
     values = np.linspace(0.8, 3, 50)[None]
