@@ -168,9 +168,9 @@ class AttentionRecorder:
             columns = propagate_unformed(q, k, cross_map, heads, self.config, self.backend)
         weights = self._weights[reduction]
         fold(evidence, reduction, self_map, columns, weights, self.config, self.backend)
-        if self.keep_maps:
-            grid = map_grid(evidence.size, reduction)
-            evidence.layers.append(AttentionLayer(name, reduction, grid, self_map, cross_map))
+        grid = map_grid(evidence.size, reduction)
+        maps = (self_map, cross_map) if self.keep_maps else (None, None)
+        evidence.layers.append(AttentionLayer(name, reduction, grid, *maps))
 
     def _maps(self, own: _Attention, text: _Attention) -> tuple[Tensor | None, Tensor]:
         """Self map, None where not needed or too large, and cross map of a block."""

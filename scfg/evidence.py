@@ -12,21 +12,21 @@ MAP_BUDGET = 2**28  # bytes of one self-attention map; above it the map is appli
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """What one block attended to, kept on request.
+    """A block at a chosen resolution and, on request, what it attended to.
 
     Attributes:
         name: Module path of the block.
         reduction: Latent pixels per map pixel, along each axis.
         grid: (h, w) of the map.
-        self_map: (b, h*w, h*w) float32 head-mean probabilities, or None where never formed.
-        cross_map: (b, h*w, t) float32 head-mean probabilities.
+        self_map: (b, h*w, h*w) float32 head-mean probabilities; None unless kept and formed.
+        cross_map: (b, h*w, t) float32 head-mean probabilities; None unless kept.
     """
 
     name: str
     reduction: int
     grid: tuple[int, int]
     self_map: Tensor | None
-    cross_map: Tensor
+    cross_map: Tensor | None
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Evidence:
         levels: By reduction, evidence (b, n, t+1) as `scfg.reference.complete` returns it: the sum
             over layers so far or, with ``layers_per_level``, one tensor for each last layer.
         order: (reduction, block) of every block at a chosen resolution, in forward order.
-        layers: The maps themselves, where kept.
+        layers: Every block folded, with its maps where kept.
     """
 
     size: tuple[int, int]

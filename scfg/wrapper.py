@@ -27,7 +27,7 @@ class UNetWrapper:
         config: Constants.
         backend: See `scfg.ops`.
         order: ``("uncond", "text")`` or ``("text", "uncond")``.
-        keep_maps: Keep each layer's maps of the last call in `attention`.
+        keep_maps: Keep the maps of the last call's layers, for `attention`.
 
     Raises:
         ValueError: No transformer block found, or bad order.
@@ -72,7 +72,7 @@ class UNetWrapper:
 
     @property
     def attention(self) -> list[AttentionLayer]:
-        """Maps of the last call's layers, empty unless ``keep_maps``."""
+        """Layers of the last call in forward order, with their maps if ``keep_maps``."""
         return self._calls[-1].layers if self._calls else []
 
     def guide(

@@ -303,6 +303,7 @@ def test_what_is_kept_does_not_grow_with_layers(monkeypatch):
         unet = scfg.UNetWrapper(net, scfg.SCFGConfig(map_reduction=1, coarsest_reduction=2))
         unet(*args)
         (call,) = unet._calls
+        assert all(x.self_map is None and x.cross_map is None for x in unet.attention)
         kept[depth] = sum(x.numel() for level in call.levels.values() for x in level)
         assert not any(a.seen or a.x is not None for a in unet._recorder._attentions)
         assert len(call.order) == 6 * depth + 1
