@@ -146,7 +146,7 @@ def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bia
 
 
 @triton.jit
-def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, t,
+def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
                             HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                             BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
                             HEADS_P2: tl.constexpr):  # fmt: skip
@@ -161,17 +161,17 @@ def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, t,
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     q_ptr += image * n * (HEADS * D)
-    k_ptr += image * n * (HEADS * D)
-    columns_ptr += image * n * t
+    k_ptr += image * m * (HEADS * D)
+    columns_ptr += image * m * t
     out_ptr += image * n * t
-    tops, shares = _softmax_statistics(q_ptr, k_ptr, None, rows, n, n, HEADS, D, BLOCK_N, BLOCK_D,
+    tops, shares = _softmax_statistics(q_ptr, k_ptr, None, rows, n, m, HEADS, D, BLOCK_N, BLOCK_D,
                                        HEADS_P2)  # fmt: skip
     out = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
-    for start in range(0, n, BLOCK_N):
+    for start in range(0, m, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        p = _mean_probabilities(q_ptr, k_ptr, None, tops, shares, rows, keys, n, n, HEADS, D,
+        p = _mean_probabilities(q_ptr, k_ptr, None, tops, shares, rows, keys, n, m, HEADS, D,
                                 BLOCK_D)  # fmt: skip
-        inside = (keys < n)[:, None] & (cols < t)[None, :]
+        inside = (keys < m)[:, None] & (cols < t)[None, :]
         columns = tl.load(columns_ptr + keys[:, None] * t + cols[None, :], mask=inside, other=0.0)
         out = tl.dot(p, columns.to(tl.float32), out, input_precision="tf32x3")
     inside = (rows < n)[:, None] & (cols < t)[None, :]
@@ -266,13 +266,13 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
         RuntimeError: An input requires grad.
     """
     refuse_gradients("attention_apply", q, k, columns)
-    (b, n, width), t = q.shape, columns.shape[2]
+    (b, n, width), (_, m, t) = q.shape, columns.shape
     out = q.new_empty((b, n, t), dtype=torch.float32)
     block_t = min(128, max(16, triton.next_power_of_2(t)))
     line = 128 // q.element_size()  # keys, and widths of a head, that fit beside both accumulators
     with on_device_of(q):
         _attention_apply_kernel[(triton.cdiv(n, 64), triton.cdiv(t, block_t), b)](
-            q, k, columns, out, n, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=line,
+            q, k, columns, out, n, m, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=line,
             BLOCK_T=block_t, BLOCK_D=min(line, max(16, triton.next_power_of_2(width // heads))),
             HEADS_P2=triton.next_power_of_2(heads), num_warps=8, num_stages=2)  # fmt: skip
     return out
