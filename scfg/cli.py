@@ -36,9 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--guidance-scale", type=float, default=2.5, help="1 is none; 1.5 to 3 suits the model")
     add("--sampler", choices=SAMPLERS, default="ddim", help="how to denoise")
     add("--method", choices=(*METHODS, "both"), default="both", help="guidance to draw with")
-    add("--propagation", choices=PROPAGATIONS, default=SHAPES_CONFIG.propagation, help=(
-        "how self-attention completes the maps of the words"
-    ))  # fmt: skip
+    add("--propagation", choices=PROPAGATIONS, default="paper", help="completion of word maps")
     add("--backend", choices=BACKENDS, default="auto", help="auto: triton on a GPU, else torch")
     add("--trace", type=Path, metavar="DIR", help="also one PNG per image of several steps there")
     add("--html", type=Path, metavar="FILE", help="also one interactive page")
@@ -111,7 +109,7 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
 
 
 def load_model(path: Path | None) -> ShapesModel:
-    """The embedded model; a checkpoint folder once there is an adapter for it.
+    """The embedded model, on the GPU if there is one; a checkpoint folder once an adapter reads it.
 
     Raises:
         ValueError: path is not None.
@@ -121,7 +119,7 @@ def load_model(path: Path | None) -> ShapesModel:
             f"--model {path}: checkpoints need the diffusers adapter, which this version does not "
             "have; leave --model out to draw with the embedded model"
         )
-    return load_shapes_model()
+    return load_shapes_model(device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
