@@ -1,205 +1,202 @@
 """One CFG step of the real U-Net shapes: plain CFG, S-CFG, and the released algorithm, in one run.
 
-    python -m benchmarks.bench_step [--quick] [--sizes 512 1024] [--out FILE]
+    python -m benchmarks.bench_step [--quick] [--model sdxl] [--sizes 512 1024] [--batch 1 4 16]
 
 The U-Net is `scfg.unet` at full width with random weights; plain CFG, with fused attention, is the
-floor. Methods take turns in one process; the ratio is the median over rounds of time / time of
-plain CFG in the same round. Peak memory is that of a step above what was there before: of the process
-(VmHWM, reset before each step) on a CPU, of the allocator on a GPU.
+floor. Methods take turns in one process, in an order that reverses every round; a ratio is the
+median over rounds of time / time of plain CFG in the same round and mode. Peak memory is that of a
+step above what was there before: of the process (VmHWM, reset before each step) on a CPU, of the
+allocator on a GPU. On a GPU everything but "eager" is replayed as a CUDA graph. What does not fit
+is a row that says so: on a CPU it is not tried, as running out of memory kills the process.
 """
 
 import argparse
-import json
 import statistics
-import time
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-import scfg
-from benchmarks.machine import machine, peak_mib
-from benchmarks.released import Released
-from scfg.unet import SD15, SD21, SDXL, UNet
+from benchmarks import records
+from benchmarks.clock import seconds
+from benchmarks.machine import available_bytes, machine, peak_mib
+from benchmarks.methods import (
+    MODELS,
+    MODES,
+    build,
+    inputs,
+    methods,
+    needed_bytes,
+    prepare,
+    weight_bytes,
+)
 
-MODELS = {"sd15": (SD15, 77), "sd21": (SD21, 77), "sdxl": (SDXL, 77)}
-OFFICIAL = scfg.SCFGConfig(propagation="official")
-SCALE = 7.5
-
-
-def build(name, width, device, dtype):
-    """A U-Net of a published shape, `width` times as wide, with random weights."""
-    config, _ = MODELS[name]
-    channels = tuple(int(c * width) for c in config.block_out_channels)
-    with torch.device(device):
-        net = UNet(replace(config, block_out_channels=channels)).to(dtype)
-    return net.eval().requires_grad_(False)
-
-
-def inputs(net, name, pixels, batch, device, dtype):
-    """Arguments of the U-Net for one batched CFG call."""
-    generator = torch.Generator().manual_seed(0)
-    config, tokens = MODELS[name]
-    x = torch.randn(batch, 4, pixels // 8, pixels // 8, generator=generator)
-    context = torch.randn(2 * batch, tokens, config.cross_attention_dim, generator=generator)
-    x, context = x.to(device, dtype), context.to(device, dtype)
-    arguments = [torch.cat([x, x]), torch.full((2 * batch,), 500, device=device), context]
-    if config.addition:
-        pooled, ids, _ = config.addition
-        added = torch.randn(2 * batch, pooled, generator=generator), torch.rand(2 * batch, ids)
-        arguments.append(tuple(y.to(device, dtype) for y in added))
-    return arguments
+TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.1}
+INNER = {"cpu": 1, "cuda": 10}  # steps in a row of a round
 
 
-class Plain:
-    """Plain CFG."""
-
-    def __init__(self, net):
-        self.net = net
-
-    def __call__(self, *arguments):
-        return scfg.cfg(*self.net(*arguments).chunk(2), SCALE)
-
-    def remove(self):
-        pass
+def first_line(error):
+    """An error on one short line."""
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"[:160]
 
 
-class Semantic:
-    """S-CFG by this library."""
-
-    def __init__(self, net, backend="auto", config=OFFICIAL):
-        self.unet = scfg.UNetWrapper(net, config, backend)
-
-    def __call__(self, *arguments):
-        return self.unet.guide(*self.unet(*arguments).chunk(2), SCALE).eps
-
-    def remove(self):
-        self.unet.remove()
-
-
-class ReleasedStep:
-    """S-CFG by the released algorithm."""
-
-    def __init__(self, net):
-        self.net, self.released = net, Released(net)
-
-    def __call__(self, *arguments):
-        return self.released.combine(*self.net(*arguments).chunk(2), SCALE)
-
-    def remove(self):
-        self.released.remove()
-
-
-def methods(device):
-    """What is compared, by name."""
-    found = {"cfg": Plain, "scfg (torch)": lambda net: Semantic(net, "torch")}
+def skipped(name, config, pixels, batch, dtype, device):
+    """Why a method cannot be tried on this machine, or None."""
     if device == "cuda":
-        found["scfg (triton)"] = lambda net: Semantic(net, "triton")
-    found["released"] = ReleasedStep
-    return found
+        return None
+    need = needed_bytes(config, name, pixels, batch, dtype.itemsize)
+    free = available_bytes()
+    if need > free:
+        return f"needs about {need / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are available"
+    return None
 
 
-def run_once(make, net, arguments, device):
-    """Seconds and peak MiB above the start of one step."""
-    method = make(net)
-    try:
-        with peak_mib(device) as peak:
-            start = time.perf_counter()
-            eps = method(*arguments)
+def start(found, net, arguments, device, failures):
+    """Steps that run, results, and peaks of the recorded ones; others get an entry in failures."""
+    steps, results, peaks = {}, {}, {}
+    for key, make in found.items():
+        if key in failures:
+            continue
+        try:
+            steps[key], results[key], peak = prepare(key[0], make, net, arguments, device)
+        except Exception as error:  # out of memory, or what a compiler does not take
+            failures[key] = first_line(error)
             if device == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        return seconds, peak(), eps
-    finally:
-        method.remove()
+                torch.cuda.empty_cache()
+            continue
+        if peak is not None:
+            peaks[key] = [peak]
+    return steps, results, peaks
+
+
+def compare(steps, results, dtype):
+    """Distance of every S-CFG of all layers to the torch one: times of another method say nothing.
+
+    A region may go to another token where two are nearly level, more often in half precision.
+    """
+    distances = {}
+    expected = results.get(("eager", "scfg torch"))
+    for key in list(steps):
+        if expected is None or key[1] == "cfg" or "last" in key[1]:
+            continue
+        distance = (results[key] - expected).double().norm() / expected.double().norm()
+        distances[key] = float(f"{distance.item():.2g}")
+        if not distance <= TOLERANCE[dtype]:
+            raise RuntimeError(f"{key} is {distance:.3f} from scfg torch: not the same method")
+    return distances
+
+
+def take_turns(steps, arguments, rounds, device, peaks):
+    """Seconds of a step and peak MiB of every method in every round."""
+    times = {key: [] for key in steps}
+    recorded = set(peaks)
+    for turn in range(rounds):
+        order = list(steps) if turn % 2 == 0 else list(steps)[::-1]
+        for key in order:
+            with peak_mib(device) as peak:
+                taken = seconds(lambda key=key: steps[key](*arguments), device, INNER[device])
+            times[key].append(statistics.median(taken))
+            if key not in recorded:
+                peaks.setdefault(key, []).append(peak())
+    return times
 
 
 @torch.no_grad()
-def measure(name, pixels, batch, rounds, width, device, dtype, skip=()):
-    """One row per method: median seconds, ratio to plain CFG, peak memory above plain CFG."""
-    net = build(name, width, device, dtype)
-    arguments = inputs(net, name, pixels, batch, device, dtype)
-    found = {key: make for key, make in methods(device).items() if key not in skip}
-    seconds, peaks = {key: [] for key in found}, {key: [] for key in found}
-    results, failed = {}, {}
-    for turn in range(rounds + 1):  # the first round warms up
-        for key, make in found.items():
-            if key in failed:
-                continue
-            try:
-                taken, peak, results[key] = run_once(make, net, arguments, device)
-            except (RuntimeError, MemoryError) as error:
-                failed[key] = str(error).splitlines()[0][:80]
-                continue
-            if turn:
-                seconds[key].append(taken)
-                peaks[key].append(peak)
-    if "released" in results:  # the same method, or the times say nothing
-        torch.testing.assert_close(
-            results["scfg (torch)"].float(), results["released"].float(), atol=1e-2, rtol=1e-2
-        )
+def measure(model, pixels, batch, rounds, width, device, dtype, modes=("eager",), skip=()):
+    """One row per mode and method."""
+    found = methods(model, device, modes)
+    found = {key: make for key, make in found.items() if key[1] not in skip}
+    about = {"kind": "step", "model": model, "width": width, "pixels": pixels, "batch": batch}
+    about |= {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds}
+    weights = weight_bytes(MODELS[model], dtype.itemsize) * width**2
+    times, peaks, distances = {}, {}, {}
+    if device == "cpu" and weights > available_bytes():
+        text = f"{weights / 2**30:.1f} GiB of weights, {available_bytes() / 2**30:.1f} available"
+        failures = dict.fromkeys(found, text)
+    else:
+        net = build(model, width, device, dtype)
+        arguments = inputs(net.config, pixels, batch, device, dtype)
+        failures = {}
+        for key in found:
+            reason = skipped(key[1], net.config, pixels, batch, dtype, device)
+            if reason:
+                failures[key] = reason
+        steps, results, peaks = start(found, net, arguments, device, failures)
+        distances = compare(steps, results, dtype)
+        times = take_turns(steps, arguments, rounds, device, peaks)
     rows = []
     for key in found:
-        row = {"model": name, "width": width, "pixels": pixels, "batch": batch, "method": key}
-        row |= {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds}
-        if key in failed:
-            rows.append(row | {"error": failed[key]})
+        row = about | {"mode": key[0], "method": key[1]}
+        if key in failures:
+            rows.append(row | {"failed": failures[key]})
             continue
-        pairs = zip(seconds[key], seconds["cfg"], strict=True)
-        row["seconds"] = round(statistics.median(seconds[key]), 4)
-        row["ratio"] = round(statistics.median(a / b for a, b in pairs), 4)
-        above = statistics.median(peaks[key]) - statistics.median(peaks["cfg"])
-        rows.append(row | {"extra_mib": round(above, 1)})
+        row["seconds"] = float(f"{statistics.median(times[key]):.5g}")
+        floor = (key[0], "cfg")
+        if floor in times:
+            ratios = [a / b for a, b in zip(times[key], times[floor], strict=True)]
+            row["ratio"] = round(statistics.median(ratios), 4)
+            row["ratio_least"], row["ratio_most"] = round(min(ratios), 4), round(max(ratios), 4)
+            above = statistics.median(peaks[key]) - statistics.median(peaks[floor])
+            row["extra_mib"] = round(above, 1)
+        row["peak_mib"] = round(statistics.median(peaks[key]), 1)
+        if key in distances:
+            row["distance"] = distances[key]
+        rows.append(row)
     return rows
 
 
 def show(rows):
     """Print rows as a table."""
-    names = ("model", "pixels", "batch", "method", "seconds", "ratio", "MiB")
-    head = "{:6} {:>6} {:>5} {:14} {:>9} {:>7} {:>9}".format(*names)
+    names = ("model", "pixels", "b", "mode", "method", "seconds", "ratio", "least", "most", "MiB")
+    head = "{:6} {:>6} {:>3} {:8} {:20} {:>9} {:>7} {:>7} {:>7} {:>9}".format(*names)
     print(head + "\n" + "-" * len(head))
     for row in rows:
-        start = f"{row['model']:6} {row['pixels']:6} {row['batch']:5} {row['method']:14} "
-        if "error" in row:
-            print(start + row["error"])
-        else:
-            print(start + f"{row['seconds']:9.3f} {row['ratio']:7.3f} {row['extra_mib']:+9.1f}")
+        start = f"{row['model']:6} {row['pixels']:6} {row['batch']:3} {row['mode']:8} "
+        start += f"{row['method']:20} "
+        if "failed" in row:
+            print(start + row["failed"])
+            continue
+        print(start + f"{row['seconds']:9.4g} ", end="")
+        if "ratio" in row:
+            ratios = " ".join(f"{row[key]:7.3f}" for key in ("ratio", "ratio_least", "ratio_most"))
+            print(f"{ratios} {row['extra_mib']:+9.1f}", end="")
+        print()
 
 
 def main():
-    """Parse arguments, measure, print, write."""
+    """Parse arguments, measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="sd15")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512], help="pixels")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", default=[], help="methods left out")
-    parser.add_argument(
-        "--quick", action="store_true", help="a fifth of the width (sd15), 3 rounds"
-    )
-    parser.add_argument("--out", type=Path, help="append rows to this JSON file")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager; on a GPU all")
+    parser.add_argument("--skip", nargs="*", default=[], help="methods left out, as printed")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the width, 2 rounds")
+    parser.add_argument("--out", help="append rows to this JSON file, e.g. in benchmarks/results")
+    parser.add_argument("--commit", help="of a copy of the tree without its history")
     options = parser.parse_args()
     if options.quick and options.model != "sd15":
-        parser.error(
-            "--quick is for --model sd15: the others' heads do not divide a narrower U-Net"
-        )
+        parser.error("--quick is for sd15: the others' heads do not divide a narrower U-Net")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    width, rounds = (0.2, 3) if options.quick else (1.0, options.rounds)
+    modes = options.modes or (MODES if device == "cuda" else ("eager",))
+    if device == "cpu" and "graphed" in modes:
+        parser.error("--modes graphed needs a CUDA device")
+    width, rounds = (0.2, 2) if options.quick else (1.0, options.rounds)
     rows = []
     for pixels in options.sizes:
         for batch in options.batch:
-            rows += measure(
-                options.model, pixels, batch, rounds, width, device, dtype, options.skip
-            )
+            point = (options.model, pixels, batch, rounds, width, device, dtype)
+            rows += measure(*point, modes, options.skip)
+            if device == "cuda":
+                torch.cuda.empty_cache()
     show(rows)
-    about = machine()
+    about = machine(options.commit)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if options.quick:
+        print("--quick: a fifth of the width, so guidance weighs more than in a real U-Net")
     if options.out:
-        old = json.loads(options.out.read_text()) if options.out.exists() else []
-        options.out.write_text(
-            json.dumps(old + [{"machine": about, "rows": rows}], indent=1) + "\n"
-        )
+        records.append(options.out, rows, about)
 
 
 if __name__ == "__main__":

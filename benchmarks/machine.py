@@ -1,4 +1,4 @@
-"""What a number was measured on, and how much memory a step took."""
+"""What a number was measured on, and how much memory there is and a step took."""
 
 import contextlib
 import ctypes
@@ -13,6 +13,15 @@ from pathlib import Path
 import torch
 
 
+def _output(*command):
+    """What a command prints, stripped; empty where it fails or is not there."""
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
 def _version(package):
     try:
         return version(package)
@@ -20,33 +29,46 @@ def _version(package):
         return "none"
 
 
-def machine():
-    """Processor or GPU, versions, commit and date."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
-    about = {"date": date.today().isoformat(), "commit": commit or "unknown"}
+def _processor():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "an unnamed CPU"
+
+
+def machine(commit=None):
+    """Date, commit, processor or GPU, and versions.
+
+    Args:
+        commit: For a copy of the tree without its history; by default git is asked.
+    """
+    described = _output("git", "describe", "--always", "--dirty", "--exclude", "*")
+    about = {"date": date.today().isoformat(), "commit": commit or described or "unknown"}
     if torch.cuda.is_available():
-        about["device"] = torch.cuda.get_device_name()
-        about["cuda"] = torch.version.cuda
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        about |= {"device": torch.cuda.get_device_name(), "driver": driver or "unknown"}
+        about["cuda"] = torch.version.cuda or torch.version.hip
     else:
-        info = Path("/proc/cpuinfo")
-        names = (
-            [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-        )
-        name = names[0].split(":")[1].strip() if names else platform.processor()
-        about["device"] = f"{os.cpu_count()} cores of {name or 'an unnamed CPU'}"
+        about |= {"device": f"{os.cpu_count()} cores of {_processor()}"}
         about["threads"] = torch.get_num_threads()
     about |= {"python": platform.python_version(), "torch": torch.__version__}
     return about | {"triton": _version("triton")}
 
 
-def _status(key):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
+def _kilobytes(path, key):
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"{path} has no {key}")
+
+
+def available_bytes():
+    """Main memory a process may still take: of the machine, and of its container."""
+    free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 @contextlib.contextmanager
@@ -62,5 +84,5 @@ def peak_mib(device):
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier step freed is not this one's
     Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
-    start = _status("VmRSS")
-    yield lambda: _status("VmHWM") - start
+    start = _kilobytes("/proc/self/status", "VmRSS")
+    yield lambda: (_kilobytes("/proc/self/status", "VmHWM") - start) / 1024
