@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from scfg.adapters.around import around
 from scfg.adapters.phrases import phrase_weights
 from scfg.adapters.steps import Steps
 from scfg.attention import AttentionRecorder
@@ -102,18 +103,7 @@ class _Guide:
         self._undo.append(lambda: vars(module).pop(MARK))
         self.recorder = AttentionRecorder(unet, self.steps.config, self.steps.backend)
         self._undo.append(self.recorder.remove)
-        compiled = unet._compiled_call_impl
-        if compiled is None:
-            self._undo.append(unet.register_forward_pre_hook(self.before, with_kwargs=True).remove)
-            self._undo.append(unet.register_forward_hook(self.after).remove)
-        else:  # unet.compile() would trace the hooks too
-
-            def call(*args, **kwargs):
-                self.before(unet, args, kwargs)
-                return self.after(unet, args, compiled(*args, **kwargs))
-
-            unet._compiled_call_impl = call
-            self._undo.append(lambda: setattr(unet, "_compiled_call_impl", compiled))
+        self._undo.append(around(unet, self.before, self.after, self.recorder.abort))
         if isinstance(self.token_weights, Mapping):
             self._read_prompts()
 
@@ -165,7 +155,7 @@ class _Guide:
             self._levels = list(dict.fromkeys(levels[begin : begin + count]))
         return self._levels.index(float(t)), len(self._levels)
 
-    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, args: tuple, kwargs: dict) -> None:
         """Decide whether S-CFG acts on this call, and start recording."""
         self.recorder.abort()
         self.acting = self._scale() > 1
@@ -195,7 +185,7 @@ class _Guide:
             )
         self._checked = sample.shape
 
-    def after(self, unet: nn.Module, args: tuple, output):
+    def after(self, output):
         """Rewrite what the U-Net returned."""
         if not self.acting:
             return output
