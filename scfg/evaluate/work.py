@@ -1,0 +1,183 @@
+"""The work of an evaluation in units that any process can do, in any order, once.
+
+A unit is a fixed range of numbered prompts under one `Point`, of numbered real scenes at one
+timestep, or of numbered real scenes for reference. What it computes depends on the plan and the
+weights alone, batch and all, so that the same bits come out however many processes share the units.
+Each unit is one safetensors file, written aside and moved in place: a unit is there whole, or has
+still to be done.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scfg.evaluate.draw import Point, draw, scene
+from scfg.evaluate.inconsistency import true_spread
+from scfg.evaluate.judge import Judge, agreement, read
+from scfg.evaluate.regions import probe, score
+from scfg.shapes.model import ShapesModel
+from scfg.shapes.scenes import render
+
+PROMPTS, REFERENCE = 1, 2  # seeds of prompts and probed scenes, and of the reference
+SHOWN = 12  # images of each point that are kept
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what is computed.
+
+    Attributes:
+        points: Curves to measure.
+        samples: Images per point; prompt i is the same at every point, and so is its noise.
+        scenes: Real scenes that are noised, with the numbers of the first prompts.
+        timesteps: Noise levels of them.
+        reference: Real scenes that images are compared with.
+        chunk: Images, or scenes, in a unit.
+        weights: SHA-256 of the weights of the model and of the judge.
+    """
+
+    points: tuple[Point, ...]
+    samples: int
+    scenes: int
+    timesteps: tuple[int, ...]
+    reference: int
+    chunk: int
+    weights: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Numbers first to last - 1 of a kind: "reference", "probe-T", or the name of a point."""
+
+    kind: str
+    first: int
+    last: int
+
+    def path(self, folder: Path) -> Path:
+        """Its file."""
+        return folder / "units" / self.kind / f"{self.first:06d}.safetensors"
+
+
+def units(plan: Plan) -> list[Unit]:
+    """All units of a plan, in the order in which results are put together."""
+    kinds = {"reference": plan.reference}
+    kinds |= {f"probe-{t}": plan.scenes for t in plan.timesteps}
+    kinds |= {point.name: plan.samples for point in plan.points}
+    return [
+        Unit(kind, first, min(first + plan.chunk, count))
+        for kind, count in kinds.items()
+        for first in range(0, count, plan.chunk)
+    ]
+
+
+def compute(unit: Unit, plan: Plan, model: ShapesModel, judge: Judge) -> dict[str, Tensor]:
+    """Results of one unit, on the CPU, first dimension the numbers of the unit."""
+    indices = range(unit.first, unit.last)
+    if unit.kind == "reference":
+        images = render([scene(i, REFERENCE) for i in indices])[0]
+        return {"features": read(judge, images).features}
+    scenes = [scene(i, PROMPTS) for i in indices]
+    if unit.kind.startswith("probe-"):
+        seen = probe(model, scenes, indices, int(unit.kind.removeprefix("probe-")))
+        return {"overlap": score(seen), "spread": true_spread(seen)}
+    point = next(point for point in plan.points if point.name == unit.kind)
+    images, found = draw(model, point, scenes, indices)
+    reading = read(judge, images)
+    shown = max(0, min(SHOWN, unit.last) - unit.first)
+    pictures = (images[:shown].cpu() * 127.5 + 127.5).round().byte()
+    found |= {"features": reading.features, "pictures": pictures}
+    return found | agreement(reading, scenes)
+
+
+def prepare(plan: Plan, folder: Path) -> None:
+    """Make the folder of a plan, or check that it is that of the same plan.
+
+    Raises:
+        ValueError: The folder holds another plan.
+    """
+    (folder / "units").mkdir(parents=True, exist_ok=True)
+    path, text = folder / "units" / "plan.json", json.dumps(asdict(plan), indent=1)
+    if path.exists():
+        if json.loads(path.read_text()) != json.loads(text):
+            raise ValueError(
+                f"{folder} holds the units of other settings or weights: give another folder, or "
+                f"remove {folder / 'units'}"
+            )
+        return
+    (folder / "units" / ".gitignore").write_text("*\n")
+    aside = path.with_suffix(".new")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def work(
+    plan: Plan,
+    folder: Path,
+    compute_unit: Callable[[Unit], dict[str, Tensor]],
+    rank: int = 0,
+    world: int = 1,
+    after: Callable[[], object] = lambda: None,
+) -> int:
+    """Do the units of one process that are not done yet.
+
+    Args:
+        plan: The plan; process `rank` does every `world`-th of its units.
+        folder: Made by `prepare`, seen by all processes.
+        compute_unit: Makes the tensors of a unit.
+        rank: Of this process.
+        world: Number of processes.
+        after: Called after every unit, done now or before.
+
+    Returns:
+        The number of units done now.
+    """
+    from safetensors.torch import save_file
+
+    done = 0
+    for unit in units(plan)[rank::world]:
+        path = unit.path(folder)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            start = time.perf_counter()
+            found = {name: x.contiguous() for name, x in compute_unit(unit).items()}
+            aside = path.with_suffix(".new")
+            save_file(found, aside, {"seconds": f"{time.perf_counter() - start:.3f}"})
+            aside.replace(path)
+            done += 1
+        after()
+    return done
+
+
+def collect(plan: Plan, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Results of all units, by kind and name, rows in the order of their numbers."""
+    from safetensors.torch import load_file
+
+    parts: dict[str, list[dict[str, Tensor]]] = {}
+    for unit in units(plan):
+        parts.setdefault(unit.kind, []).append(load_file(unit.path(folder)))
+    return {
+        kind: {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        for kind, found in parts.items()
+    }
+
+
+def seconds_spent(plan: Plan, folder: Path) -> float:
+    """Time that all units together took."""
+    from safetensors import safe_open
+
+    total = 0.0
+    for unit in units(plan):
+        with safe_open(unit.path(folder), "pt") as file:
+            total += float(file.metadata()["seconds"])
+    return total
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,161 @@
+"""Sharing the work: any number of processes, cut off anywhere, gives the same bits."""
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate_worker import PLAN, TINY
+
+from scfg import evaluate
+from scfg.evaluate import run
+from scfg.evaluate.draw import Point
+from scfg.evaluate.work import Plan, collect, prepare, units, work
+from scfg.shapes.model import networks, save_weights
+
+WORKER = Path(__file__).with_name("evaluate_worker.py")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A model with few and random weights."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_weights(networks(TINY), TINY, path)
+    return path
+
+
+def start(folder, weights, processes):
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    arguments = [*launch, str(WORKER), str(folder), str(weights)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    return errors
+
+
+def done(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, weights):
+    """Results of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    errors = finish(start(folder, weights, 1))
+    assert f"{len(units(PLAN))}/{len(units(PLAN))}" in errors  # the progress bar
+    return collect(PLAN, folder)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for kind in expected:
+        assert found[kind].keys() == expected[kind].keys()
+        for name, x in expected[kind].items():
+            assert torch.equal(found[kind][name].nan_to_num(-7.0), x.nan_to_num(-7.0)), (kind, name)
+
+
+def test_every_number_is_computed_once(alone):
+    assert {kind: len(next(iter(x.values()))) for kind, x in alone.items()} == {
+        "reference": 6,
+        "probe-200": 5,
+        "probe-700": 5,
+        **{point.name: 7 for point in PLAN.points},
+    }
+
+
+def test_two_processes_killed_in_the_middle_and_started_again_give_the_same_bits(
+    tmp_path, weights, alone
+):
+    process = start(tmp_path, weights, 2)
+    while len(done(tmp_path)) < 4:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)  # torchrun ends its workers
+    process.communicate(timeout=60)
+    before = done(tmp_path)
+    assert 4 <= len(before) < len(units(PLAN))
+    errors = finish(start(tmp_path, weights, 2))
+    assert errors.count("unit/s") + errors.count("s/unit") >= 1  # the bar of rank 0
+    after = done(tmp_path)
+    assert {path: after[path] for path in before} == before  # none was done again
+    assert len(after) == len(units(PLAN))
+    assert_same(collect(PLAN, tmp_path), alone)
+
+
+def test_four_shares_cover_all_units_without_overlap(tmp_path):
+    prepare(PLAN, tmp_path)
+    seen = []
+
+    def compute(unit):
+        seen.append(unit)
+        return {"x": torch.arange(unit.first, unit.last)}
+
+    counts = [work(PLAN, tmp_path, compute, rank, 4) for rank in range(4)]
+    assert sum(counts) == len(seen) == len(set(seen)) == len(units(PLAN))
+    assert collect(PLAN, tmp_path)["reference"]["x"].tolist() == list(range(PLAN.reference))
+    assert work(PLAN, tmp_path, compute) == 0
+
+
+def test_a_unit_that_was_cut_off_while_it_was_written_is_done_again(tmp_path):
+    prepare(PLAN, tmp_path)
+    unit = units(PLAN)[0]
+    aside = unit.path(tmp_path).with_suffix(".new")
+    aside.parent.mkdir(parents=True)
+    aside.write_bytes(b"half")
+    work(PLAN, tmp_path, lambda unit: {"x": torch.arange(unit.first, unit.last)})
+    assert not aside.exists()
+    assert collect(PLAN, tmp_path)[unit.kind]["x"].tolist() == list(range(PLAN.reference))
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    prepare(PLAN, tmp_path)
+    prepare(PLAN, tmp_path)
+    other = Plan(PLAN.points, 8, 5, (200, 700), 6, 2, PLAN.weights)
+    with pytest.raises(ValueError, match="other settings"):
+        prepare(other, tmp_path)
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, weights, monkeypatch):
+    methods = {"cfg": (1.0, 2.0, 4.0), "scfg": (2.0,), "samg": (2.0,)}
+    points = tuple(Point(m, s, steps=2) for m, scales in methods.items() for s in scales)
+    plan = Plan(points, 4, 4, (200, 800), 140, 70, ("model", "judge"))
+    monkeypatch.setattr(run, "make_plan", lambda *_: plan)
+    monkeypatch.setattr("scfg.evaluate.report.SAMPLES", 1)
+    written = evaluate.main(
+        parse("--report", str(tmp_path), "--weights", str(weights), "--reduced", "--quiet")
+    )
+    assert all(path.stat().st_size > 0 for path in written)
+    page = written[0].read_text(encoding="utf-8")
+    for gone in ("{{", "<script src", "<link", "url(http", "#010203"):
+        assert gone not in page
+    assert page.count("<svg") == 5
+    assert "scfg evaluate --reduced --weights tiny.safetensors --report DIR" in page
+    names = sorted(path.name for path in written if path.suffix == ".csv")
+    assert names == ["inconsistency.csv", "matched.csv", "regions.csv", "tradeoff.csv"]
+    assert (tmp_path / "samples" / "0.html").exists()
+    rows = (tmp_path / "tradeoff.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(points)
+
+
+def test_too_few_samples_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="samples"):
+        evaluate.main(parse("--report", str(tmp_path), "--samples", "3"))
