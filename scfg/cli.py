@@ -138,8 +138,11 @@ def one_thread() -> Iterator[None]:
 
 
 def shown_step(steps: int) -> int:
-    """Index of the step whose regions and rate the panel shows."""
-    return steps // 2
+    """Index of the step whose regions and rate the panel shows.
+
+    Three quarters of the way: there regions agree best with the objects of the finished image.
+    """
+    return 3 * steps // 4
 
 
 def _draw(model, options, method, k, callback) -> Generated:
