@@ -46,7 +46,8 @@ def machine(commit=None):
     about = {"date": date.today().isoformat(), "commit": commit or described or "unknown"}
     if torch.cuda.is_available():
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        about |= {"device": torch.cuda.get_device_name(), "driver": driver or "unknown"}
+        about |= {"device": torch.cuda.get_device_name()}
+        about["driver"] = driver.splitlines()[0] if driver else "unknown"
         about["cuda"] = torch.version.cuda or torch.version.hip
     else:
         about |= {"device": f"{os.cpu_count()} cores of {_processor()}"}

@@ -19,15 +19,15 @@ def _blur(x):
     return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=x.shape[1])
 
 
-def evidence(self_maps, cross_maps, side):
+def evidence(self_maps, cross_maps, side, coarsest):
     """Completed, upsampled, blurred, normalised maps averaged over layers: (2b, t+1, side, side).
 
-    Layers at other resolutions than `side` and half of it are left out.
+    Layers finer than `side` pixels a side, or coarser than `coarsest`, are left out.
     """
     layers = []
     for self_map, cross_map in zip(self_maps, cross_maps, strict=True):
         size = round(self_map.shape[1] ** 0.5)
-        if size not in (side, side // 2):
+        if not coarsest <= size <= side:
             continue
         self_map, cross_map = self_map.float(), cross_map.float()
         cross_map = torch.cat([cross_map, cross_map[..., 1:].sum(-1, keepdim=True)], dim=-1)
@@ -43,7 +43,7 @@ def evidence(self_maps, cross_maps, side):
 def combine(eps_uncond, eps_text, self_maps, cross_maps, guidance_scale, reduction=4):
     """The guided prediction from the maps of all layers, (2b, n, n) and (2b, n, t) each."""
     b, latent = eps_text.shape[0], eps_text.shape[-1]
-    uncond, text = evidence(self_maps, cross_maps, latent // reduction).split(b)
+    uncond, text = evidence(self_maps, cross_maps, latent // reduction, latent // 8).split(b)
     tokens = text[:, :-1]
     masks = (tokens == tokens.amax(dim=1, keepdim=True)).float()
     foreground = (uncond[:, -1:] > uncond[:, :1]).float()

@@ -1,0 +1,135 @@
+"""Write the README's performance section from the records in benchmarks/results.
+
+    python -m benchmarks.table
+
+Every number stands under the machine and the date it was measured on. Of a point measured twice on
+one machine the last is shown; a point that failed says so.
+"""
+
+from pathlib import Path
+
+from benchmarks import records
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
+NO_GPU = "No figure from a GPU yet."
+NOTHING = "No figure yet."
+
+
+def section(text):
+    """What stands between the markers.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md must have {BEGIN} and {END} once each")
+    return text.split(BEGIN)[1].split(END)[0]
+
+
+def replaced(text, new):
+    """The text with another section between its markers."""
+    return text.replace(BEGIN + section(text) + END, f"{BEGIN}\n{new}\n{END}")
+
+
+def render(rows):
+    """The section, in Markdown."""
+    steps = [row for row in rows if row["kind"] == "step" and row.get("width", 1.0) == 1.0]
+    kernels = [row for row in rows if row["kind"] == "kernel"]
+    held = [row for row in rows if row["kind"] == "check"]
+    if not steps and not kernels and not held:
+        return NOTHING
+    parts = []
+    for device in dict.fromkeys(row["device"] for row in steps + kernels + held):
+        own = [[row for row in kind if row["device"] == device] for kind in (held, steps, kernels)]
+        for rows_of, make in zip(own, (_checks, _steps, _kernels), strict=True):
+            if rows_of:
+                parts.append(make(rows_of))
+    if not any("cuda" in row for row in steps + kernels + held):
+        parts.append(NO_GPU)
+    return "\n\n".join(parts)
+
+
+def _where(rows):
+    """Machine, versions, dates and commits of some rows."""
+    row = rows[-1]
+    dates, commits = (sorted({x[key] for x in rows}) for key in ("date", "commit"))
+    device = row["device"]
+    if "threads" in row:
+        device += f", {row['threads']} threads"
+    if "driver" in row:
+        device += f", driver {row['driver']}"
+    versions = f"torch {row['torch']}" + (f", triton {row['triton']}" if "cuda" in row else "")
+    return f"{device}; {versions}; {', '.join(dates)}; commit {', '.join(commits)}"
+
+
+def _latest(rows, keys):
+    """Rows by key, a later one in place of an earlier; by size and batch within a model."""
+    found = {tuple(row.get(key) for key in keys): row for row in rows}
+    models = list(dict.fromkeys(row.get("model", row.get("shape")) for row in rows))
+    rank = {name: place for place, name in enumerate(models)}
+
+    def place(row):
+        size = row.get("pixels", 0), row["batch"]
+        return rank[row.get("model", row.get("shape"))], *size
+
+    return sorted(found.values(), key=place)
+
+
+def _grid(head, lines):
+    """A Markdown table; numbers are aligned to the right."""
+    rule = [
+        ":--" if name in ("model", "mode", "method", "op", "backend") else "--:" for name in head
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def _checks(rows):
+    rows = list({row["check"]: row for row in rows}.values())
+    wrong = [row["check"] for row in rows if not row["ok"]]
+    text = f"Checks on {_where(rows)}: {len(rows) - len(wrong)} of {len(rows)} held."
+    return text + (f" Failed: {', '.join(wrong)}." if wrong else "")
+
+
+def _steps(rows):
+    head = ["model", "pixels", "images", "mode", "method", "seconds", "times plain", "MiB more"]
+    lines = []
+    for row in _latest(rows, ("model", "pixels", "batch", "dtype", "mode", "method")):
+        start = [row["model"], str(row["pixels"]), str(row["batch"])]
+        start += [f"{row['mode']} {row['dtype']}", row["method"]]
+        if "failed" in row:
+            lines.append([*start, row["failed"], "", ""])
+            continue
+        ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
+        extra = f"{row['extra_mib']:+.0f}" if "extra_mib" in row else ""
+        lines.append([*start, f"{row['seconds']:.3g}", ratio, extra])
+    text = "One guided step, plain CFG with fused attention being 1; memory is the peak above it."
+    return f"{text}\nMeasured on {_where(rows)}.\n\n{_grid(head, lines)}"
+
+
+def _kernels(rows):
+    head = ["op", "model", "images", "backend", "µs", "GB/s", "of copy", "bytes µs", "work µs"]
+    lines = []
+    for row in _latest(rows, ("op", "shape", "batch", "dtype", "backend")):
+        start = [row["op"], row["shape"], str(row["batch"]), f"{row['backend']} {row['dtype']}"]
+        if "failed" in row:
+            lines.append([*start, row["failed"], "", "", "", ""])
+            continue
+        numbers = [f"{row['p50_us']:.1f}"] + [""] * 4
+        if "gb_s" in row:
+            numbers[1:] = [f"{row['gb_s']:.0f}", f"{row['copy_share']:.0%}"]
+            numbers += [f"{row[key]:.1f}" for key in ("floor_bytes_us", "floor_work_us")]
+        lines.append([*start, *numbers])
+    text = (
+        "One operation, median; beside it the least that moving its bytes and its work could take."
+    )
+    return f"{text}\nMeasured on {_where(rows)}.\n\n{_grid(head, lines)}"
+
+
+def main():
+    """Rewrite the section of the README."""
+    README.write_text(replaced(README.read_text(), render(records.load())))
+
+
+if __name__ == "__main__":
+    main()
