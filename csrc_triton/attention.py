@@ -6,82 +6,21 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.launch import on_device_of, refuse_gradients
+from csrc_triton.scores import _dot, _mean_probabilities, _scores, _softmax_statistics
 
-SHAPES = (  # n, heads, d, t of the layers recorded at their usual sizes
-    (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77),  # SD 1.5 at 512 and 1024
-    (576, 20, 64, 77), (144, 20, 64, 77),  # SD 2.1 at 768
-    (1024, 20, 64, 77),  # SDXL at 1024
-    (256, 2, 24, 16), (64, 2, 48, 16),  # the embedded model
+# n, heads, d, t of the layers recorded by default: SD 1.5 at 512 and 1024, SD 2.1 at 768, SDXL at
+# 1024 and the embedded model; then layers for which no map is formed.
+SHAPES = (
+    (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77), (576, 20, 64, 77), (144, 20, 64, 77),
+    (1024, 20, 64, 77), (256, 2, 24, 16), (64, 2, 48, 16),
 )  # fmt: skip
-
-
-@triton.jit
-def _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m,
-            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Scores of one head, (BLOCK_M, BLOCK_N) float32, -inf beyond the last key.
-
-    The head is read in chunks of BLOCK_D, so a width of 40 or 160 needs no power of two. float32
-    inputs take three tf32 products: float32 accuracy on tensor cores, where "ieee" would use none
-    and spill registers.
-    """
-    scores = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        ds = start + tl.arange(0, BLOCK_D)
-        q_at = rows[:, None] * (HEADS * D) + (head * D + ds)[None, :]
-        k_at = keys[None, :] * (HEADS * D) + (head * D + ds)[:, None]
-        q = tl.load(q_ptr + q_at, mask=(rows < n)[:, None] & (ds < D)[None, :], other=0.0)
-        k = tl.load(k_ptr + k_at, mask=(keys < m)[None, :] & (ds < D)[:, None], other=0.0)
-        scores = tl.dot(q, k, scores, input_precision="tf32x3")
-    scores *= D**-0.5
-    if bias_ptr is not None:
-        scores += tl.load(bias_ptr + keys, mask=keys < m, other=0.0).to(tl.float32)[None, :]
-    return tl.where((keys < m)[None, :], scores, float("-inf"))
-
-
-@triton.jit
-def _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, HEADS: tl.constexpr, D: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                        HEADS_P2: tl.constexpr):  # fmt: skip
-    """Largest score and 1 / (heads * sum of exponentials) of each row and head, kept in registers.
-
-    Two (BLOCK_M, HEADS_P2) blocks: no scratch memory and no barrier between the passes.
-    """
-    heads = tl.arange(0, HEADS_P2)[None, :]
-    tops = tl.zeros((rows.shape[0], HEADS_P2), tl.float32)
-    shares = tl.zeros((rows.shape[0], HEADS_P2), tl.float32)
-    for head in range(HEADS):
-        top = tl.full((rows.shape[0],), float("-inf"), tl.float32)
-        mass = tl.zeros((rows.shape[0],), tl.float32)
-        for start in range(0, m, BLOCK_N):
-            keys = start + tl.arange(0, BLOCK_N)
-            scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
-            new = tl.maximum(top, tl.max(scores, 1))
-            shift = tl.where(new == float("-inf"), 0.0, new)  # every key so far is masked
-            mass = mass * tl.exp(top - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
-            top = new
-        tops = tl.where(heads == head, top[:, None], tops)
-        shares = tl.where(heads == head, (1.0 / (mass * HEADS))[:, None], shares)
-    return tops, shares
-
-
-@triton.jit
-def _mean_probabilities(q_ptr, k_ptr, bias_ptr, tops, shares, rows, keys, n, m,
-                        HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """One (BLOCK_M, BLOCK_N) block of the map, given the statistics of its rows."""
-    heads = tl.arange(0, tops.shape[1])[None, :]
-    total = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
-    for head in range(HEADS):
-        top = tl.sum(tl.where(heads == head, tops, 0.0), 1)
-        share = tl.sum(tl.where(heads == head, shares, 0.0), 1)
-        scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
-        total += tl.exp(scores - top[:, None]) * share[:, None]
-    return total
+LARGE_SHAPES = ((16384, 8, 40, 77), (9216, 5, 64, 77))
 
 
 @triton.jit
 def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, tile, n, m,
               HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-              BLOCK_D: tl.constexpr, HEADS_P2: tl.constexpr, ONE_PASS: tl.constexpr):  # fmt: skip
+              BLOCK_D: tl.constexpr, ONE_PASS: tl.constexpr):  # fmt: skip
     """BLOCK_M rows of one map: scores of all keys at once if they fit, else in two passes."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr += image * n * (HEADS * D)
@@ -100,7 +39,7 @@ def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, tile, n, m,
         tl.store(out + keys[None, :], total, mask=(rows < n)[:, None] & (keys < m)[None, :])
     else:
         tops, shares = _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, HEADS, D, BLOCK_N,
-                                           BLOCK_D, HEADS_P2)  # fmt: skip
+                                           BLOCK_D)  # fmt: skip
         for start in range(0, m, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             total = _mean_probabilities(q_ptr, k_ptr, bias_ptr, tops, shares, rows, keys, n, m,
@@ -111,7 +50,7 @@ def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, tile, n, m,
 @triton.jit
 def _attention_map_kernel(q_ptr, k_ptr, bias_ptr, out_ptr, n, m,
                           HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEADS_P2: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                           ONE_PASS: tl.constexpr):  # fmt: skip
     """BLOCK_M rows of the map of one image, all heads.
 
@@ -119,7 +58,7 @@ def _attention_map_kernel(q_ptr, k_ptr, bias_ptr, out_ptr, n, m,
     few MB at most), the map written once. Block sizes: see `_blocks`.
     """
     _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, tl.program_id(1).to(tl.int64), tl.program_id(0),
-              n, m, HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, HEADS_P2, ONE_PASS)  # fmt: skip
+              n, m, HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, ONE_PASS)  # fmt: skip
 
 
 @triton.jit
@@ -127,8 +66,7 @@ def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bia
                            self_ptr, cross_ptr, n, t,
                            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                            BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-                           HEADS_P2: tl.constexpr, ONE_PASS: tl.constexpr,
-                           ONE_PASS_T: tl.constexpr):  # fmt: skip
+                           ONE_PASS: tl.constexpr, ONE_PASS_T: tl.constexpr):  # fmt: skip
     """BLOCK_M rows of the self map or of the cross map of one image, all heads.
 
     Grid (2 * ceil(n / BLOCK_M), b): the self tiles, which take longest, come first. Reads, writes
@@ -139,23 +77,23 @@ def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bia
     tiles = tl.cdiv(n, BLOCK_M)
     if tile < tiles:
         _map_rows(q_self_ptr, k_self_ptr, None, self_ptr, image, tile, n, n,
-                  HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, HEADS_P2, ONE_PASS)  # fmt: skip
+                  HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, ONE_PASS)  # fmt: skip
     else:
         _map_rows(q_cross_ptr, k_cross_ptr, bias_ptr, cross_ptr, image, tile - tiles, n, t,
-                  HEADS, D, BLOCK_M, BLOCK_T, BLOCK_D, HEADS_P2, ONE_PASS_T)  # fmt: skip
+                  HEADS, D, BLOCK_M, BLOCK_T, BLOCK_D, ONE_PASS_T)  # fmt: skip
 
 
 @triton.jit
 def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
                             HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                            BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-                            HEADS_P2: tl.constexpr):  # fmt: skip
+                            BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+                            BLOCK_D: tl.constexpr):  # fmt: skip
     """BLOCK_M rows and BLOCK_T columns of (head-mean attention) @ columns of one image.
 
     Grid (ceil(n / BLOCK_M), ceil(t / BLOCK_T), b). Two passes over the keys: the second adds up the
     probabilities of all heads before the one float32 product with the columns, which, done per
     head, would cost more than scoring twice. k is read twice and the columns once per program, the
-    result written once. Block sizes: see `_apply_blocks`.
+    result written once. Block sizes: see `attention_apply`.
     """
     image = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -164,8 +102,7 @@ def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
     k_ptr += image * m * (HEADS * D)
     columns_ptr += image * m * t
     out_ptr += image * n * t
-    tops, shares = _softmax_statistics(q_ptr, k_ptr, None, rows, n, m, HEADS, D, BLOCK_N, BLOCK_D,
-                                       HEADS_P2)  # fmt: skip
+    tops, shares = _softmax_statistics(q_ptr, k_ptr, None, rows, n, m, HEADS, D, BLOCK_N, BLOCK_D)
     out = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
     for start in range(0, m, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -173,7 +110,7 @@ def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
                                 BLOCK_D)  # fmt: skip
         inside = (keys < m)[:, None] & (cols < t)[None, :]
         columns = tl.load(columns_ptr + keys[:, None] * t + cols[None, :], mask=inside, other=0.0)
-        out = tl.dot(p, columns.to(tl.float32), out, input_precision="tf32x3")
+        out = _dot(p, columns.to(tl.float32), out)
     inside = (rows < n)[:, None] & (cols < t)[None, :]
     tl.store(out_ptr + rows[:, None] * t + cols[None, :], out, mask=inside)
 
@@ -200,9 +137,7 @@ def _blocks(n: int, d: int, heads: int, itemsize: int, *keys: int) -> tuple[int,
     chunk = 16 if wide else min(64, max(16, triton.next_power_of_2(d)))
     while chunk > 16 and 2 * (rows + max(m for m, _ in columns)) * chunk * itemsize > 98304:
         chunk //= 2
-    options = dict(
-        HEADS=heads, D=d, BLOCK_D=chunk, HEADS_P2=triton.next_power_of_2(heads), num_warps=8,
-        num_stages=2 if wide else 3)  # fmt: skip
+    options = dict(HEADS=heads, D=d, BLOCK_D=chunk, num_warps=8, num_stages=2 if wide else 3)
     return rows, columns, options
 
 
@@ -274,23 +209,24 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
         _attention_apply_kernel[(triton.cdiv(n, 64), triton.cdiv(t, block_t), b)](
             q, k, columns, out, n, m, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=line,
             BLOCK_T=block_t, BLOCK_D=min(line, max(16, triton.next_power_of_2(width // heads))),
-            HEADS_P2=triton.next_power_of_2(heads), num_warps=8, num_stages=2)  # fmt: skip
+            num_warps=8, num_stages=2)  # fmt: skip
     return out
 
 
 def specializations():
     """Launches to compile in a test without a GPU: yields (launcher, arguments on device "meta").
 
-    The shapes of SD 1.5, SD 2.1, SDXL and the embedded model in three types. Calling
-    ``launcher(*arguments)`` while ``JITFunction.run`` is made to warm up instead of launch (with a
-    stand-in for the active driver that names the target) compiles exactly what a GPU would run:
-    the host rule, the types and the alignment are the launcher's own.
+    Calling ``launcher(*arguments)`` while ``JITFunction.run`` warms up instead of launching, with a
+    stand-in for the active driver that names the target, compiles exactly what a GPU would run: the
+    host rule, the types and the alignment are the launcher's own.
     """
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for n, heads, d, t in SHAPES:
-            tokens, pixels = (torch.empty(2, m, heads * d, dtype=dtype, device="meta")
-                              for m in (t, n))  # fmt: skip
-            columns = torch.empty(2, n, t, device="meta")
+        for n, heads, d, t in SHAPES + LARGE_SHAPES:
+            pixels = torch.empty(2, n, heads * d, dtype=dtype, device="meta")
+            tokens = torch.empty(2, t, heads * d, dtype=dtype, device="meta")
             yield attention_map, (pixels, tokens, heads)
-            yield attention_maps, (pixels, pixels, pixels, tokens, heads)
-            yield attention_apply, (pixels, pixels, columns, heads)
+            if n > 4096:
+                columns = torch.empty(2, n, t, device="meta")
+                yield attention_apply, (pixels, pixels, columns, heads)
+            else:
+                yield attention_maps, (pixels, pixels, pixels, tokens, heads)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.launch import on_device_of, refuse_gradients
+from csrc_triton.scores import _dot
 
 # Up to this many pixels one program takes a block of columns through all powers. It reads S at the
 # speed of one multiprocessor: at 384 pixels (SD 1.5 at 512 x 768) that takes about as long as one
@@ -18,7 +19,7 @@ SHAPES = (  # n, t of the layers recorded at their usual sizes
 
 @triton.jit
 def _product(self_ptr, source_ptr, rows, cols, n, t, BLOCK_K: tl.constexpr):
-    """S @ source, (BLOCK_M, BLOCK_T) float32; three tf32 products keep float32 accuracy."""
+    """S @ source, (BLOCK_M, BLOCK_T) float32."""
     total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for start in range(0, n, BLOCK_K):
         ks = start + tl.arange(0, BLOCK_K)
@@ -27,7 +28,7 @@ def _product(self_ptr, source_ptr, rows, cols, n, t, BLOCK_K: tl.constexpr):
         s_at = rows.to(tl.int64)[:, None] * n + ks[None, :]
         s = tl.load(self_ptr + s_at, mask=s_ok, other=0.0).to(tl.float32)
         y = tl.load(source_ptr + ks[:, None] * t + cols[None, :], mask=y_ok, other=0.0)
-        total = tl.dot(s, y.to(tl.float32), total, input_precision="tf32x3")
+        total = _dot(s, y.to(tl.float32), total)
     return total
 
 
@@ -278,7 +279,7 @@ def specializations():
         self_map, cross_map, total, weights = (
             torch.empty(shape, device="meta") for shape in ((2, n, n), (2, n, t), (2, n, t + 1), n)
         )
-        for propagation in ("paper", "official", "none"):
+        for propagation in ("paper", "none"):
             yield propagate, (self_map, cross_map, propagation)
             yield complete, (self_map, cross_map, weights, None, propagation)
             yield complete, (self_map, cross_map, weights, total, propagation)
