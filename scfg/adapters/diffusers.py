@@ -37,6 +37,7 @@ def attach(
     start: float = 0.0,
     stop: float = 1.0,
     every: int = 1,
+    observe: bool = False,
 ) -> Iterator:
     """Guide everything that a pipeline makes inside a ``with`` block by S-CFG.
 
@@ -55,6 +56,8 @@ def attach(
         start: S-CFG acts from this fraction of a run's noise levels on; plain guidance before it.
         stop: It acts until this fraction.
         every: Regions are found on every so many noise levels, and kept in between.
+        observe: Only look: the callback gets what S-CFG would do, the pipeline does what it always
+            did.
 
     Yields:
         pipe.
@@ -75,7 +78,7 @@ def attach(
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
     steps = Steps(config, backend, callback, start, stop, every)
-    guide = _Guide(pipe, guidance_scale, steps, token_weights)
+    guide = _Guide(pipe, guidance_scale, steps, token_weights, observe)
     try:
         guide.add(unet)
         yield pipe
@@ -86,8 +89,9 @@ def attach(
 class _Guide:
     """Hooks around the U-Net of one pipeline, and what they have to know about its run."""
 
-    def __init__(self, pipe, guidance_scale, steps: Steps, token_weights):
+    def __init__(self, pipe, guidance_scale, steps: Steps, token_weights, observe: bool):
         self.pipe, self.guidance_scale, self.steps = pipe, guidance_scale, steps
+        self.observe = observe
         self.token_weights = token_weights
         self.table = token_weights if isinstance(token_weights, Tensor) else None
         self.recorder: AttentionRecorder | None = None
@@ -205,6 +209,8 @@ class _Guide:
             evidence = self.recorder.finish()
             branches = evidence.rows(0, b), evidence.rows(b, 2 * b)
         rate = self.steps.guide(uncond, text, branches, scale, self.table).rate
+        if self.observe:
+            return prediction
         wide = text.to(rate.dtype)
         gap = (wide - uncond.to(rate.dtype)) * ((scale * rate - 1) / (scale - 1))
         rewritten = prediction.clone()
