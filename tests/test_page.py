@@ -280,6 +280,13 @@ def test_another_image_can_be_chosen(tab, images):
     assert tab.lit("cfg") == owned(images, "cfg", STEPS - 1, 1, image=1)
 
 
+def test_a_page_of_one_image_offers_no_choice(chromium, images, tab, tmp_path):
+    assert tab.all("#image")[0].is_displayed()
+    path = tmp_path / "single.html"
+    path.write_text(page(images[:1], ""), encoding="utf-8")
+    assert not Tab(chromium, path).all("#image")[0].is_displayed()
+
+
 def test_it_fits_a_phone_and_turns_dark(tab):
     tab.screen(360, 740, mobile=True, scheme="dark")
     width = "document.scrollingElement.scrollWidth <= 360"
