@@ -28,7 +28,7 @@ PLAN = Plan(
     points=tuple(Point(method, 2.0, steps=3) for method in METHODS),
     samples=7,
     scenes=5,
-    timesteps=(200, 700),
+    timesteps=(400,),
     reference=6,
     chunk=2,
     weights=("model", "judge"),

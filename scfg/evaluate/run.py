@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> list[Path]:
         RuntimeError: The device is not there.
     """
     weights = options.weights or WEIGHTS
-    plan = make_plan(options.reduced, options.samples, weights)
+    plan = make_plan(options.reduced, options.samples, weights, gpu=options.device == "cuda")
     with one_of_all(options.device) as (rank, world, device):
         with _threads(options.threads):
             share(plan, options.report, weights, rank, world, device, options.quiet)
