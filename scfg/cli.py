@@ -1,18 +1,20 @@
-"""The command line: ``scfg generate PROMPT``."""
+"""The command line: ``scfg generate PROMPT`` and ``scfg evaluate``."""
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from scfg.config import PROPAGATIONS
+from scfg import evaluate
+from scfg.config import PROPAGATIONS, SCFGConfig
 from scfg.generate import METHODS, SAMPLERS, SHAPES_CONFIG, Generated, generate
 from scfg.ops import BACKENDS
-from scfg.shapes.model import ShapesModel, load_shapes_model
+from scfg.shapes.model import load_shapes_model
 
 TITLES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "euler": "Euler"}
 TITLES["euler_ancestral"] = "Euler ancestral"
@@ -33,15 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the first image; image k has seed + k")
     add("--count", type=_positive, default=1, help="number of images, one row each")
     add("--steps", type=int, default=50, help="denoising steps")
-    add("--guidance-scale", type=float, default=2.5, help="1 is none; 1.5 to 3 suits the model")
+    add("--guidance-scale", type=float, help="1 is none; default: 2.5, with --model 7.5")
     add("--sampler", choices=SAMPLERS, default="ddim", help="how to denoise")
     add("--method", choices=(*METHODS, "both"), default="both", help="guidance to draw with")
     add("--propagation", choices=PROPAGATIONS, default="paper", help="completion of word maps")
     add("--backend", choices=BACKENDS, default="auto", help="auto: triton on a GPU, else torch")
     add("--trace", type=Path, metavar="DIR", help="also one PNG per image of several steps there")
     add("--html", type=Path, metavar="FILE", help="also one interactive page")
-    add("--model", type=Path, metavar="PATH", help="a diffusers checkpoint instead of the own one")
+    add("--model", type=Path, metavar="PATH", help="a folder or .safetensors file for diffusers")
     add("--quiet", action="store_true", help="print nothing but errors")
+    command = commands.add_parser(
+        "evaluate", help="measure on the embedded model what S-CFG does, and write a report"
+    )
+    evaluate.add_arguments(command)
     return parser
 
 
@@ -56,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        written = run_generate(options)
+        run = run_generate if options.command == "generate" else evaluate.main
+        written = run(options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"scfg {options.command}: error: {error}", file=sys.stderr)
         return 2
@@ -80,17 +87,19 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
         from scfg.panel import panel, strip
     except ImportError as error:
         raise RuntimeError(f"{error.name} is missing: pip install 'scfg[generate]'") from error
-    model = load_model(options.model)
-    model.tokenizer.tokens(options.prompt)
+    if options.guidance_scale is None:
+        options.guidance_scale = 2.5 if options.model is None else 7.5
+    draw = load(options)
     for folder in (options.out.parent, options.trace, options.html and options.html.parent):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     methods = METHODS if options.method == "both" else (options.method,)
     total = options.count * len(methods) * options.steps
-    with tqdm(total=total, disable=options.quiet or None, unit="step") as bar, one_thread():
+    threads = nullcontext() if options.model else one_thread()
+    with tqdm(total=total, disable=options.quiet or None, unit="step") as bar, threads:
         images = [
-            {method: _draw(model, options, method, k, bar.update) for method in methods}
+            {method: _draw(draw, options, method, k, bar.update) for method in methods}
             for k in range(options.count)
         ]
 
@@ -108,18 +117,22 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
     return written
 
 
-def load_model(path: Path | None) -> ShapesModel:
-    """The embedded model, on the GPU if there is one; a checkpoint folder once an adapter reads it.
+def load(options: argparse.Namespace) -> Callable[..., Generated]:
+    """The function that draws: with the checkpoint asked for, else with the embedded model.
 
     Raises:
-        ValueError: path is not None.
+        ValueError: A word of the prompt is not known, or the checkpoint cannot be used.
+        RuntimeError: A package for checkpoints is missing.
     """
-    if path is not None:
-        raise ValueError(
-            f"--model {path}: checkpoints need the diffusers adapter, which this version does not "
-            "have; leave --model out to draw with the embedded model"
-        )
-    return load_shapes_model(device="cuda" if torch.cuda.is_available() else "cpu")
+    if options.model is not None:
+        from scfg.adapters import checkpoints
+        from scfg.adapters.generate import generate as generate_with
+
+        config = SCFGConfig(propagation=options.propagation)
+        return partial(generate_with, checkpoints.load(options.model), config=config)
+    model = load_shapes_model(device="cuda" if torch.cuda.is_available() else "cpu")
+    model.tokenizer.tokens(options.prompt)
+    return partial(generate, model, config=replace(SHAPES_CONFIG, propagation=options.propagation))
 
 
 @contextmanager
@@ -145,17 +158,15 @@ def shown_step(steps: int) -> int:
     return 3 * steps // 4
 
 
-def _draw(model, options, method, k, callback) -> Generated:
+def _draw(draw, options, method, k, callback) -> Generated:
     """Image k, on its own: the same to the last bit whatever the count."""
-    return generate(
-        model,
+    return draw(
         [options.prompt],
         [options.seed + k],
         method=method,
         guidance_scale=options.guidance_scale,
         steps=options.steps,
         sampler=options.sampler,
-        config=replace(SHAPES_CONFIG, propagation=options.propagation),
         backend=options.backend,
         trace=options.html is not None or method == "scfg" or options.method == "cfg",
         callback=callback,

@@ -141,7 +141,7 @@ def test_an_unknown_word_is_named_with_the_known_ones_and_nothing_is_written(run
         (["--guidance-scale", "nan"], "guidance_scale must be finite and > 0, got nan"),
         (["--steps", "0"], "steps"),
         (["--steps", "1001"], "steps"),
-        (["--model", "checkpoint"], "--model checkpoint: checkpoints need the diffusers adapter"),
+        (["--model", "checkpoint"], "checkpoint must be a file or a folder with"),
         (["--out", "file/out.png"], "file"),
         (["--out", "out.unknown"], "unknown"),
     ],
@@ -182,7 +182,7 @@ def test_the_module_reports_errors_to_the_shell(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("scfg generate: error: --model nowhere")
+    assert done.stderr.startswith("scfg generate: error: nowhere must be a file or a folder")
 
 
 def test_regions_have_the_colour_of_their_word_and_markers_none():
