@@ -11,6 +11,7 @@ is a row that says so: on a CPU it is not tried, as running out of memory kills 
 """
 
 import argparse
+import gc
 import statistics
 
 import torch
@@ -59,28 +60,30 @@ def start(found, net, arguments, device, failures):
             steps[key], results[key], peak = prepare(key[0], make, net, arguments, device)
         except Exception as error:  # out of memory, or what a compiler does not take
             failures[key] = first_line(error)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        if peak is not None:
-            peaks[key] = [peak]
+        else:
+            if peak is not None:
+                peaks[key] = [peak]
+        if key in failures and device == "cuda":  # after the error, whose frames hold tensors
+            gc.collect()
+            torch.cuda.empty_cache()
     return steps, results, peaks
 
 
-def compare(steps, results, dtype):
-    """Distance of every S-CFG of all layers to the torch one: times of another method say nothing.
+def compare(steps, results, dtype, failures):
+    """Distance of every S-CFG of all layers to the torch one; one that is far off is not timed.
 
     A region may go to another token where two are nearly level, more often in half precision.
     """
     distances = {}
-    expected = next((results[key] for key in steps if key[1] == "scfg torch"), None)
+    expected = next((results[key].double() for key in steps if key[1] == "scfg torch"), None)
     for key in list(steps):
         if expected is None or key[1] == "cfg" or "last" in key[1]:
             continue
-        distance = (results[key] - expected).double().norm() / expected.double().norm()
-        distances[key] = float(f"{distance.item():.2g}")
+        distance = ((results[key].double() - expected).norm() / expected.norm()).item()
+        distances[key] = float(f"{distance:.2g}")
         if not distance <= TOLERANCE[dtype]:
-            raise RuntimeError(f"{key} is {distance:.3f} from scfg torch: not the same method")
+            failures[key] = f"is {distance:.3f} from scfg torch: not the same method"
+            del steps[key]
     return distances
 
 
@@ -124,7 +127,7 @@ def measure(model, pixels, batch, rounds, width, device, dtype, modes=("eager",)
             if reason:
                 failures[key] = reason
         steps, results, peaks = start(found, net, arguments, device, failures)
-        distances = compare(steps, results, dtype)
+        distances = compare(steps, results, dtype, failures)
         times = take_turns(steps, arguments, rounds, device, peaks)
     rows = []
     for key in found:

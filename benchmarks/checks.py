@@ -57,7 +57,9 @@ def require(condition, message):
 
 def same_bits(left, right):
     """Whether all tensors are equal, bit for bit."""
-    pairs = zip(tensors(left), tensors(right), strict=True)
+    pairs = list(zip(tensors(left), tensors(right), strict=True))
+    if not pairs:
+        raise TypeError(f"nothing to compare in {type(left).__name__}")
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 

@@ -36,11 +36,15 @@ def capture(run, warm_up=2):
     with torch.cuda.stream(side):
         for _ in range(warm_up):  # compiles, allocates, and fills caches, which a capture must not
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    main = torch.cuda.current_stream()
+    main.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    try:
+        with torch.cuda.graph(graph):
+            result = run()
+    finally:
+        torch.cuda.set_stream(main)  # a capture that fails leaves its own stream current
     return graph.replay, result
 
 
@@ -59,8 +63,8 @@ def tensors(value):
     """Every tensor in nested tuples, lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from tensors(item)
 
 

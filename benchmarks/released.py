@@ -91,9 +91,11 @@ class Released:
         self.cross_maps.clear()
 
     def combine(self, eps_uncond, eps_text, guidance_scale):
-        """The guided prediction by the maps kept since `start`."""
+        """The guided prediction by the maps kept since `start`, which are then forgotten."""
         maps = self.self_maps, self.cross_maps
-        return combine(eps_uncond, eps_text, *maps, guidance_scale)
+        out = combine(eps_uncond, eps_text, *maps, guidance_scale)
+        self.start(0)
+        return out
 
 
 def extra_bytes(config, latent, batch, itemsize):

@@ -66,6 +66,8 @@ def test_the_released_attention_is_the_fused_one():
     assert_close(actual=other(*arguments), expected=expected, atol=1e-5)
     sizes = [m.shape[-1] for m in recorded.self_maps]
     assert sizes == [64, 16, 4, 16, 16, 64, 64]  # all layers but those of the full resolution
+    recorded.combine(*expected.chunk(2), 7.5)
+    assert not recorded.self_maps and not recorded.cross_maps  # they would hide in the next step
     assert torch.equal(net(*arguments), expected)  # a twin's hooks are its own
 
 
@@ -158,8 +160,16 @@ def test_a_method_that_breaks_or_computes_something_else_is_found(tiny, monkeypa
     rows = {row["method"]: row for row in step_rows()}
     assert rows["released"]["failed"].startswith("IndexError") and "ratio" in rows["scfg torch"]
     monkeypatch.setattr(released, "combine", lambda uncond, *args: uncond)
-    with pytest.raises(RuntimeError, match="not the same method"):
-        step_rows()
+    rows = {row["method"]: row for row in step_rows()}
+    assert "not the same method" in rows["released"]["failed"] and "ratio" in rows["scfg torch"]
+
+
+def test_bits_are_compared_in_every_container():
+    x = torch.tensor([1.0, math.nan])
+    assert checks.same_bits({"a": [x]}, {"a": [x.clone()]})
+    assert not checks.same_bits({"a": [x]}, {"a": [x.nextafter(torch.tensor(2.0))]})
+    with pytest.raises(TypeError, match="nothing to compare"):
+        checks.same_bits({}, {})
 
 
 def test_the_last_layers_of_sdxl_are_a_method_of_their_own():
