@@ -221,7 +221,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m scfg.evaluate.judge", description=__doc__)
     parser.add_argument("--train", action="store_true", help="train first")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps of 128 scenes")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of 128 scenes")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file to write or measure")
     args = parser.parse_args()
     if args.train:
