@@ -40,6 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", choices=(*METHODS, "both"), default="both", help="guidance to draw with")
     add("--propagation", choices=PROPAGATIONS, default="paper", help="completion of word maps")
     add("--backend", choices=BACKENDS, default="auto", help="auto: triton on a GPU, else torch")
+    add("--token-weight", type=_phrase_weight, action="append", metavar="PHRASE=FACTOR", help=(
+        "multiply the rate of a phrase's region, as 'blue square=1.5'; may be repeated"
+    ))  # fmt: skip
+    add("--start", type=float, default=0.0, help="fraction of the steps before S-CFG acts")
+    add("--stop", type=float, default=1.0, help="fraction of the steps until which it acts")
+    add("--every", type=_positive, default=1, help="find regions on every so many steps only")
     add("--trace", type=Path, metavar="DIR", help="also one PNG per image of several steps there")
     add("--html", type=Path, metavar="FILE", help="also one interactive page")
     add("--model", type=Path, metavar="PATH", help="a folder or .safetensors file for diffusers")
@@ -168,9 +174,24 @@ def _draw(draw, options, method, k, callback) -> Generated:
         steps=options.steps,
         sampler=options.sampler,
         backend=options.backend,
+        token_weights=dict(options.token_weight) if options.token_weight else None,
+        start=options.start,
+        stop=options.stop,
+        every=options.every,
         trace=options.html is not None or method == "scfg" or options.method == "cfg",
         callback=callback,
     )
+
+
+def _phrase_weight(text: str) -> tuple[str, float]:
+    phrase, _, factor = text.rpartition("=")
+    try:
+        weight = float(factor)
+    except ValueError:
+        weight = 0.0
+    if not phrase or not 0 < weight < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be PHRASE=FACTOR, FACTOR > 0, got {text!r}")
+    return phrase, weight
 
 
 def _positive(text: str) -> int:

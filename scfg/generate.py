@@ -1,17 +1,19 @@
 """Images from prompts, with plain CFG or S-CFG, and what guidance did at every step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scfg import sampling
+from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg
+from scfg.phrases import find_phrase
 from scfg.shapes.model import ShapesModel
 from scfg.shapes.tokenizer import END, START
-from scfg.wrapper import UNetWrapper
+from scfg.steps import Steps
 
 METHODS = ("cfg", "scfg")
 SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral")
@@ -22,7 +24,7 @@ SHAPES_CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is
 class Step:
     """One denoising step of b images, on the CPU.
 
-    With plain CFG, regions and rate are those that S-CFG would have used at this point.
+    Where plain CFG acted, regions and rate are those that S-CFG would have used.
 
     Attributes:
         t: Timestep.
@@ -74,6 +76,10 @@ def generate(
     backend: str = "auto",
     trace: bool = False,
     callback: Callable[[], object] | None = None,
+    token_weights: Mapping[str, float] | None = None,
+    start: float = 0.0,
+    stop: float = 1.0,
+    every: int = 1,
 ) -> Generated:
     """Draw one image per prompt, all in one batch.
 
@@ -91,14 +97,18 @@ def generate(
         backend: See `scfg.ops`.
         trace: Keep every step. Plain CFG then records attention too, only to be looked at.
         callback: Called after every step.
+        token_weights: Factors of the rates of phrases, as ``{"blue square": 1.5}``.
+        start: S-CFG acts from this fraction of the steps on; plain CFG before it.
+        stop: It acts until this fraction.
+        every: Regions are found on every so many steps and kept in between.
 
     Returns:
         Generated.
 
     Raises:
-        ValueError: A prompt has a word the model does not know, an argument is out of range, or a
-            sampler that draws noise on its way is given several images, whose noise would then
-            depend on each other.
+        ValueError: A prompt has a word the model does not know, a phrase is in no prompt, an
+            argument is out of range, or a sampler that draws noise on its way is given several
+            images, whose noise would then depend on each other.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {len(prompts)}")
@@ -108,17 +118,32 @@ def generate(
     if sampler == "euler_ancestral" and len(prompts) > 1:
         raise ValueError(f"sampler {sampler!r} draws one image at a time, got {len(prompts)}")
 
-    context = torch.cat([model.encode([""] * len(prompts)), model.encode(prompts)])  # (2b, t, d)
-    wrapper = UNetWrapper(model.unet, config, backend) if method == "scfg" or trace else None
-    unet = model.unet if wrapper is None else wrapper
-    guided: list[Guided] = []  # of the latest step, where attention is recorded
+    b = len(prompts)
+    context = torch.cat([model.encode([""] * b), model.encode(prompts)])  # (2b, t, d)
+    rule = Steps(config, backend, None, start, stop, every)
+    weights = None if token_weights is None else _weights(model, prompts, token_weights)
+    looks = method == "scfg" or trace
+    recorder = AttentionRecorder(model.unet, config, backend) if looks else None
+    guided: list[Guided] = []  # of the latest step on which attention was looked at
     history: list[Step] = []
+    numbers = iter(range(steps))
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        eps_uncond, eps_text = unet(torch.cat([x, x]), torch.cat([t, t]), context).chunk(2)
-        if wrapper is not None:
-            guided[:] = [wrapper.guide(eps_uncond, eps_text, guidance_scale)]
-        return guided[0].eps if method == "scfg" else cfg(eps_uncond, eps_text, guidance_scale)
+        i = next(numbers)
+        acts = rule.acts(i, steps)
+        looks = recorder is not None and (acts or trace)
+        finds = looks and rule.finds(i, steps)
+        both = torch.cat([x, x])
+        if finds:
+            recorder.start(both)
+        eps_uncond, eps_text = model.unet(both, torch.cat([t, t]), context).chunk(2)
+        if looks:
+            evidence = recorder.finish() if finds else None
+            branches = (evidence.rows(0, b), evidence.rows(b, 2 * b)) if finds else None
+            guided[:] = [rule.guide(eps_uncond, eps_text, branches, guidance_scale, weights)]
+        if method == "scfg" and acts:
+            return guided[0].eps
+        return cfg(eps_uncond, eps_text, guidance_scale)
 
     def after(i: int, t: int, x: Tensor, eps: Tensor) -> None:
         if trace:
@@ -133,8 +158,8 @@ def generate(
     try:
         latents = getattr(sampling, sampler)(predict, noise, model.schedule, steps, **options)
     finally:
-        if wrapper is not None:
-            wrapper.remove()
+        if recorder is not None:
+            recorder.remove()
     words = tuple(_words(model, prompt) for prompt in prompts)
     images = model.decode(latents).cpu()
     return Generated(method, tuple(prompts), tuple(seeds), words, images, tuple(history))
@@ -145,6 +170,24 @@ def _step(model: ShapesModel, t: int, x: Tensor, eps: Tensor, guided: Guided) ->
     x0 = model.decode((x - (1 - abar) ** 0.5 * eps) / abar**0.5)
     rest = (x0, guided.labels, guided.foreground, guided.rate[:, 0])
     return Step(t, *(tensor.cpu() for tensor in rest))
+
+
+def _weights(
+    model: ShapesModel, prompts: Sequence[str], token_weights: Mapping[str, float]
+) -> Tensor:
+    """Weights of tokens (b, t), 1 where no phrase is."""
+    texts = [model.tokenizer.tokens(prompt) for prompt in prompts]
+    table = torch.ones(len(texts), len(texts[0]))
+    for phrase, weight in token_weights.items():
+        words = phrase.lower().split()
+        spans = [(row, i) for row, text in enumerate(texts) for i in find_phrase(text, words)]
+        if not words or not spans:
+            raise ValueError(
+                f"token_weights has the phrase {phrase!r}, which is not in {list(prompts)}"
+            )
+        for row, i in spans:
+            table[row, i : i + len(words)] = weight
+    return table
 
 
 def _words(model: ShapesModel, prompt: str) -> tuple[str | None, ...]:

@@ -228,3 +228,20 @@ def test_a_long_prompt_makes_the_panel_taller_not_wider(model):
     pictures = [panel([{"scfg": image}], 1, "settings") for image in images]
     assert pictures[0].width == pictures[1].width
     assert pictures[0].height < pictures[1].height
+
+
+@pytest.mark.parametrize("text", ["red", "red=", "red=0", "=2", "red=nan"])
+def test_a_token_weight_is_a_phrase_and_a_positive_factor(run, capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        run("--token-weight", text)
+    assert stop.value.code == 2
+    assert "must be PHRASE=FACTOR" in capsys.readouterr().err
+
+
+def test_window_and_token_weights_reach_the_drawing(run, model):
+    options = ("--token-weight", "red circle=2", "--start", "0.5", "--every", "2", "--quiet")
+    assert run("--out", "out.png", "--seed", "4", *options) == 0
+    expected = generate(
+        model, [PROMPT], [4], steps=3, token_weights={"red circle": 2.0}, start=0.5, every=2
+    )
+    assert np.array_equal(cells("out.png", 1, 2)[0][1][::5, ::5], bytes_of(expected.images[0]))

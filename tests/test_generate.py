@@ -110,3 +110,44 @@ def test_bad_arguments_are_named(model, change, message):
     arguments = {"prompts": PROMPTS[:1], "seeds": [0], "steps": 1, **change}
     with pytest.raises(ValueError, match=message):
         generate(model, **arguments)
+
+
+def test_outside_the_window_guidance_is_plain(model):
+    whole, plain = (generate(model, PROMPTS[:1], [3], method=m, steps=4) for m in ("scfg", "cfg"))
+    late = generate(model, PROMPTS[:1], [3], steps=4, start=0.5, trace=True)
+    plain_x0 = generate(model, PROMPTS[:1], [3], method="cfg", steps=4, trace=True).trace
+    for i in (0, 1):
+        assert late.trace[i].x0.equal(plain_x0[i].x0)
+    assert not late.trace[2].x0.equal(plain_x0[2].x0)
+    assert not late.images.equal(whole.images) and not late.images.equal(plain.images)
+    with pytest.raises(ValueError, match="start < stop"):
+        generate(model, PROMPTS[:1], [3], steps=4, start=0.7, stop=0.2)
+
+
+def test_regions_are_kept_between_every_so_many_steps_and_rates_are_not(model):
+    trace = generate(model, PROMPTS[:1], [3], steps=4, every=2, trace=True).trace
+    assert trace[0].labels.equal(trace[1].labels) and trace[2].labels.equal(trace[3].labels)
+    assert not trace[0].rate.equal(trace[1].rate)
+    fresh = generate(model, PROMPTS[:1], [3], steps=4, trace=True).trace
+    assert trace[0].labels.equal(fresh[0].labels)
+
+
+def test_a_phrase_multiplies_the_rate_of_its_words(model):
+    weights = {"striped red circle": 2.0}
+    plain = generate(model, PROMPTS, [3, 4], steps=1, trace=True).trace[0]
+    weighted = generate(model, PROMPTS, [3, 4], steps=1, trace=True, token_weights=weights).trace[0]
+    ratio = weighted.rate / plain.rate
+    inside = torch.isin(plain.labels[0], torch.tensor([2, 3, 4]))  # START, a, striped, red, circle
+    deep = torch.nn.functional.avg_pool2d(inside[None].float(), 3, 1, 1, False, False)[0]
+    assert_close(
+        actual=ratio[0][deep > 0.99],
+        expected=torch.full_like(ratio[0][deep > 0.99], 2.0),
+        atol=1e-5,
+    )
+    assert_close(
+        actual=ratio[0][deep < 0.01], expected=torch.ones_like(ratio[0][deep < 0.01]), atol=1e-5
+    )
+    assert_close(actual=ratio[1], expected=torch.ones_like(ratio[1]), atol=1e-6)
+    assert (deep > 0.99).any() or (deep < 0.01).any()
+    with pytest.raises(ValueError, match="green star"):
+        generate(model, PROMPTS[:1], [3], steps=1, token_weights={"green star": 2.0})

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from scfg.adapters.around import around
-from scfg.adapters.phrases import phrase_weights
-from scfg.adapters.steps import Steps
 from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided
+from scfg.phrases import phrase_weights
+from scfg.steps import Steps
 
 MARK = "_guided_by_scfg"  # attribute of a U-Net that is attached to
 
@@ -128,7 +128,7 @@ class _Guide:
             if prompt is None:
                 raise ValueError(
                     "token_weights by phrase need the prompt, the call has only its embeddings; "
-                    "give a tensor of weights (see scfg.adapters.phrases.phrase_weights)"
+                    "give a tensor of weights (see scfg.phrases.phrase_weights)"
                 )
             prompt = convert(prompt, pipe.tokenizer)
             self.table = phrase_weights(pipe.tokenizer, prompt, self.token_weights)

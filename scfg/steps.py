@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from scfg.adapters.phrases import fit_weights
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, find_regions, guide_regions
+from scfg.phrases import fit_weights
 
 
 @dataclass
