@@ -22,22 +22,22 @@ REPLAYS = 30
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def exponentials(device, size=2**22, repeats=256):
-    """A function that evaluates size * repeats exponentials in registers, and their number."""
+def exponentials(device, chains, repeats=256):
+    """A function that evaluates chains * repeats exponentials in registers, and their number."""
     import triton
 
     from benchmarks.exponentials import exponentials_kernel
 
-    out = torch.empty(size, device=device)
+    out = torch.empty(chains, device=device)
 
     def run():
-        exponentials_kernel[(triton.cdiv(size, 1024),)](out, REPEATS=repeats, BLOCK=1024)
+        exponentials_kernel[(triton.cdiv(chains, 1024),)](out, REPEATS=repeats, BLOCK=1024)
         return out
 
-    return run, size * repeats
+    return run, chains * repeats
 
 
-def ceilings(device="cuda", gigabytes=1.0, side=8192):
+def ceilings(device="cuda", gigabytes=1.0, side=8192, chains=2**22):
     """Bytes per second of a copy, operations per second of products, and exponentials per second.
 
     Medians of ten after two to warm up. Products in float32 are tf32, divided by three.
@@ -57,7 +57,7 @@ def ceilings(device="cuda", gigabytes=1.0, side=8192):
             found[name] = 2 * side**3 / taken / (3 if name == "float32" else 1)
     finally:
         torch.set_float32_matmul_precision(precision)
-    run, count = exponentials(device)
+    run, count = exponentials(device, chains)
     return found | {"exponentials": count / middle(run)}
 
 

@@ -125,6 +125,16 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     assert "above its bound" in row["failed"] and "p50_us" not in row
 
 
+def test_ceilings_are_measured():
+    found = gpu_timing.ceilings(DEVICE, gigabytes=2**-12, side=64, chains=1024)
+    assert set(found) == set(CEILINGS) and all(rate > 0 for rate in found.values())
+    assert torch.get_float32_matmul_precision() == "highest"
+    run, count = gpu_timing.exponentials(DEVICE, 1024, repeats=3)
+    x = torch.arange(1024.0) * 1e-9
+    assert_close(actual=run(), expected=(-(-(-x).exp()).exp()).exp(), atol=1e-6)
+    assert count == 3 * 1024
+
+
 def test_percentiles_and_copies():
     assert clock.percentiles([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)
     args = (torch.ones(256), [torch.ones(256)], 3)
