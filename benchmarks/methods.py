@@ -102,26 +102,25 @@ def methods(model, device, modes):
 def prepare(mode, make, net, arguments, device):
     """A step ready to be timed, its result, and, where it is a graph, the MiB it took to record it.
 
-    Runs it: the last layers of ``layers_per_level`` are known after one call, so run it twice.
+    It runs once as it is: which blocks ``layers_per_level`` leaves out is known after one call.
     """
     step = make(twin(net))
+    result = step(*arguments)
     if mode == "compiled":
-        step(*arguments)
         if device == "cuda":
             torch._dynamo.reset()  # each compiled step is captured before the next one is made
         step = torch.compile(step, fullgraph=True, dynamic=False)
-    step(*arguments)
-    if device == "cuda" and mode != "eager":  # what is left of Python would hide the kernels
-        step(*arguments)
-        with peak_mib(device) as peak:
-            replay, result = capture(lambda: step(*arguments), warm_up=1)
+        result = step(*arguments)
+    if device == "cpu" or mode == "eager":
+        return step, result, None
+    with peak_mib(device) as peak:
+        replay, result = capture(lambda: step(*arguments))
 
-        def replayed(*_):
-            replay()
-            return result
+    def replayed(*_):
+        replay()
+        return result
 
-        return replayed, result, peak()
-    return step, step(*arguments), None
+    return replayed, result, peak()
 
 
 def weight_bytes(config, itemsize):
