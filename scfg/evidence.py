@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from scfg import ops, reference
@@ -76,11 +77,15 @@ def find_reduction(size: tuple[int, int], n: int, reductions: tuple[int, ...]) -
     return None
 
 
-def level_weights(size: tuple[int, int], config: SCFGConfig) -> dict[int, Tensor]:
-    """`scfg.reference.spatial_weights` of every level, by reduction, float32."""
+def level_weights(
+    size: tuple[int, int], config: SCFGConfig, device: torch.device | str = "cpu"
+) -> dict[int, Tensor]:
+    """`scfg.reference.spatial_weights` of every level, by reduction, float32, on a device."""
     finest = config.map_reduction
     h, w = map_grid(size, finest)
-    return {r: reference.spatial_weights(h, w, r // finest).float() for r in config.reductions}
+    where = device if torch.device(device).type == "cuda" else "cpu"  # no copy to a GPU; float64 not everywhere
+    exact = {r: reference.spatial_weights(h, w, r // finest, where) for r in config.reductions}
+    return {r: weights.float().to(device) for r, weights in exact.items()}
 
 
 def fits(b: int, n: int) -> bool:

@@ -202,7 +202,7 @@ def semantic_cfg(
     ops.check_predictions(eps_uncond, eps_text)
     b, size = eps_text.shape[0], tuple(eps_text.shape[-2:])
     branches = Evidence(size), Evidence(size)
-    weights = {r: v.to(eps_text.device) for r, v in level_weights(size, config).items()}
+    weights = level_weights(size, config, eps_text.device)
     powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
     for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
         ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)

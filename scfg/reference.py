@@ -126,7 +126,7 @@ def propagate(
     return total
 
 
-def spatial_weights(h: int, w: int, factor: int) -> Tensor:
+def spatial_weights(h: int, w: int, factor: int, device: torch.device | str = "cpu") -> Tensor:
     """Weights v of a coarse map such that ``mean(blur(upsample(y))) = v . y``.
 
     Blur and upsampling are linear, so their spatial mean is a fixed weighting of the coarse pixels;
@@ -136,13 +136,14 @@ def spatial_weights(h: int, w: int, factor: int) -> Tensor:
         h: Rows of the finest map grid.
         w: Columns of it.
         factor: Reduction of the coarse map with respect to the finest, a power of two.
+        device: Where to compute them.
 
     Returns:
         (ceil(h/factor) * ceil(w/factor),) float64, sum 1.
     """
     sides = []
     for size in (h, w):
-        basis = torch.eye(-(-size // factor), dtype=torch.float64)[:, None, :]  # (m, 1, m)
+        basis = torch.eye(-(-size // factor), dtype=torch.float64, device=device)[:, None, :]
         sides.append(blur(upsample(basis, 1, size, factor)).mean(dim=(1, 2)))  # (m,)
     return torch.outer(*sides).flatten()
 
@@ -281,7 +282,8 @@ def segment(
         return blur(total)  # (b, t, h, w)
 
     labels = assemble([x[..., :-1] for x in tokens]).argmax(dim=1)  # (b, h, w)
-    start_map, rest = assemble([x[..., [0, -1]] for x in start]).unbind(dim=1)  # (b, h, w) each
+    pairs = [torch.stack([x[..., 0], x[..., -1]], dim=-1) for x in start]  # (b, n_l, 2)
+    start_map, rest = assemble(pairs).unbind(dim=1)  # (b, h, w) each
     return labels, rest > start_map
 
 
