@@ -83,7 +83,8 @@ def level_weights(
     """`scfg.reference.spatial_weights` of every level, by reduction, float32, on a device."""
     finest = config.map_reduction
     h, w = map_grid(size, finest)
-    where = device if torch.device(device).type == "cuda" else "cpu"  # no copy to a GPU; float64 not everywhere
+    on_gpu = torch.device(device).type == "cuda"  # a copy there would wait; others lack float64
+    where = device if on_gpu else "cpu"
     exact = {r: reference.spatial_weights(h, w, r // finest, where) for r in config.reductions}
     return {r: weights.float().to(device) for r, weights in exact.items()}
 
