@@ -118,8 +118,8 @@ def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
 def _blocks(n: int, d: int, heads: int, itemsize: int, *keys: int) -> tuple[int, list, dict]:
     """Rows per program, (keys per block, one pass?) of each map, and the other launch options.
 
-    About 64 row tiles an image, 16 to 64 rows each: what a program can take in of k per second
-    limits these kernels more than arithmetic, so small maps are spread over many programs. A block
+    About 64 row tiles an image, 16 to 64 rows each: reading all of k through one multiprocessor
+    should take longer than the arithmetic, so small maps are spread over many programs. A block
     of scores and its running mean stay in the registers of 8 warps up to 8192 scores, or 16384 in
     16 rows, which need no warp groups; half that for float32, whose products are split in three.
     Keys that fit so are scored once, others twice. A chunk of a head is at most 64 wide, less where
