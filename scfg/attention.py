@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scfg import ops
-from scfg.blocks import find_blocks, uncompiled
+from scfg.blocks import find_blocks, folding_module
 from scfg.config import SCFGConfig
 from scfg.evidence import (
     AttentionLayer,
@@ -39,11 +39,18 @@ class _Attention:
     x: Tensor | None = None
     context: Tensor | None = None
     key_bias: Tensor | None = None
+    bare: bool = False  # its projections were called, it was not
     runs: int = 0
 
     def clear(self) -> None:
         self.seen.clear()
+        self.bare = False
         self.x = self.context = self.key_bias = None
+
+    @property
+    def keys(self) -> Tensor:
+        """What it attends to."""
+        return self.x if self.context is None else self.context
 
     def project(self, name: str, x: Tensor) -> Tensor:
         """Output (b, n, g*d) of a projection: what its hook saw, else computed again."""
@@ -87,6 +94,7 @@ class AttentionRecorder:
         self._evidence: Evidence | None = None
         self._weights: dict[int, Tensor] = {}
         self._weights_for: tuple | None = None
+        self._owners: Tensor | None = None
         self._unused: frozenset[str] = frozenset()  # blocks before the last layers_per_level
         self._handles: list = []
         self._attentions: list[_Attention] = []
@@ -95,8 +103,8 @@ class AttentionRecorder:
             for attention in block:
                 self._watch(attention)
             self._attentions += block
-            host = uncompiled(unet, name, modules[-1])
-            self._handles.append(host.register_forward_hook(self._after(name, block)))
+            hook = folding_module(unet, name).register_forward_hook(self._after(name, block))
+            self._handles.append(hook)
 
     def _watch(self, attention: _Attention) -> None:
         """Note what goes into an attention module and what its projections return."""
@@ -117,8 +125,14 @@ class AttentionRecorder:
 
         def keep(name):
             def after(module, args, output):
-                if self.active:
-                    attention.seen[name] = output
+                if not self.active:
+                    return
+                attention.seen[name] = output
+                if name == "to_q" and attention.x is None:
+                    attention.x, attention.bare = args[0], True
+                    attention.runs += 1
+                elif name == "to_k" and attention.bare and args[0] is not attention.x:
+                    attention.context = args[0]
 
             return after
 
@@ -154,17 +168,24 @@ class AttentionRecorder:
             return
         if len(block) == 1:
             self_map, cross_map = self._joint_maps(block[0])
-        elif block[0].x is None or block[0].context is not None:
+        elif block[0].x is None or block[0].keys.shape[:2] != block[0].x.shape[:2]:
             raise RuntimeError(
                 f"block {name!r} must attend to the image, then to the text; its first attention "
                 "module did not run as self-attention"
             )
         else:
             self_map, cross_map = self._maps(*block)
+        if self._owners is not None:
+            index = self._owners[:, None].expand_as(cross_map)
+            cross_map = torch.zeros_like(cross_map).scatter_add(-1, index, cross_map)
         columns = cross_map
         if self_map is None:
-            q, k = (block[0].project(p, block[0].x) for p in ("to_q", "to_k"))
-            heads = block[0].module.heads
+            own = block[0]
+            q, k, heads = (
+                own.project("to_q", own.x),
+                own.project("to_k", own.keys),
+                own.module.heads,
+            )
             columns = propagate_unformed(q, k, cross_map, heads, self.config, self.backend)
         weights = self._weights[reduction]
         fold(evidence, reduction, self_map, columns, weights, self.config, self.backend)
@@ -181,7 +202,7 @@ class AttentionRecorder:
         needed = self.config.propagation != "none" or self.keep_maps
         if not needed or not fits(b, n):
             return None, ops.attention_map(*cross)
-        q_self, k_self = own.project("to_q", own.x), own.project("to_k", own.x)
+        q_self, k_self = own.project("to_q", own.x), own.project("to_k", own.keys)
         if own.key_bias is None and own.module.heads == heads:
             return ops.attention_maps(q_self, k_self, *cross)
         own_map = ops.attention_map(q_self, k_self, own.module.heads, own.key_bias, self.backend)
@@ -208,13 +229,19 @@ class AttentionRecorder:
         joint = ops.attention_map(q, keys, module.heads, bias, self.backend)  # (b, n, t+n)
         return joint[..., t:], joint[..., :t]
 
-    def start(self, sample: Tensor) -> None:
-        """Begin a call of the U-Net on a latent (b, c, H, W)."""
+    def start(self, sample: Tensor, owners: Tensor | None = None) -> None:
+        """Begin a call of the U-Net.
+
+        Args:
+            sample: Latent (b, c, H, W).
+            owners: (b, t) int64: the token to which the attention to each key counts, where a host
+                repeats tokens; None: each to itself.
+        """
         self.abort()
+        self._owners = owners
         size = (sample.shape[-2], sample.shape[-1])
         if self._weights_for != (size, sample.device):
-            weights = level_weights(size, self.config)
-            self._weights = {r: w.to(sample.device) for r, w in weights.items()}
+            self._weights = level_weights(size, self.config, sample.device)
             self._weights_for = (size, sample.device)
         for attention in self._attentions:
             attention.runs = 0

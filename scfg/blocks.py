@@ -40,16 +40,16 @@ def find_blocks(unet: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     return blocks
 
 
-def uncompiled(unet: nn.Module, name: str, last: nn.Module) -> nn.Module:
-    """The module after which a block is folded: its last attention, or what holds the block.
+def folding_module(unet: nn.Module, name: str) -> nn.Module:
+    """The module after which a block's attention is folded: the block itself.
 
     A block that is compiled by itself shares its code with its likes, for as long as their hooks
-    do the same; folding differs from layer to layer and has to stay outside.
+    do the same; folding differs from layer to layer and is done after what holds the block.
     """
-    if getattr(unet.get_submodule(name), "_compiled_call_impl", None) is None:
-        return last
-    while True:
+    module = unet.get_submodule(name)
+    while isinstance(module, nn.ModuleList) or getattr(module, "_compiled_call_impl", None):
         name = name.rpartition(".")[0]
-        holder = unet.get_submodule(name)
-        if not isinstance(holder, nn.ModuleList):
-            return holder
+        module = unet.get_submodule(name)
+        if not name:
+            break
+    return module
