@@ -1,6 +1,6 @@
 """One sampling run, step by step: where S-CFG acts, and when regions are found anew."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -46,6 +46,15 @@ class Steps:
         """Whether every step is the same, so that its number does not matter."""
         return (self.start, self.stop, self.every) == (0, 1, 1)
 
+    @staticmethod
+    def place(sigma: float, sigmas: Sequence[float]) -> tuple[int, int]:
+        """Number of the step that a noise level belongs to in a falling schedule, and of all.
+
+        Between two levels it is the step of the higher one; the final 0 is not a step.
+        """
+        levels = [level for level in sigmas if level > 0]
+        return max(sum(level >= sigma * (1 - 1e-6) for level in levels) - 1, 0), len(levels)
+
     def forget(self) -> None:
         """Begin a new run."""
         self._regions = None
@@ -57,6 +66,10 @@ class Steps:
     def finds(self, step: int, steps: int) -> bool:
         """Whether regions are found on a step on which S-CFG acts: attention is to be recorded."""
         return self._regions is None or (step - int(self.start * steps)) % self.every == 0
+
+    def keep(self, labels: Tensor, foreground: Tensor, tokens: int) -> None:
+        """Regions from now on: (b, h, w) int64 below tokens, (b, h, w) bool."""
+        self._regions = labels, foreground, tokens
 
     def guide(
         self,
@@ -86,7 +99,7 @@ class Steps:
         if branches is not None:
             uncond, text = branches
             tokens = text.total(text.reductions[0]).shape[-1] - 1
-            self._regions = *find_regions(text, uncond, self.config, self.backend), tokens
+            self.keep(*find_regions(text, uncond, self.config, self.backend), tokens)
         if self._regions is None:
             raise RuntimeError("no regions yet: the first step of a run must be recorded")
         if token_weights is not None:

@@ -21,6 +21,7 @@ from adapter_hosts import (
 from conftest import assert_close
 
 import scfg
+from scfg.adapters.around import around
 from scfg.adapters.diffusers import attach
 
 SCHEDULERS = {
@@ -333,15 +334,11 @@ def compile_outside(pipe):
     pipe.unet = torch.compile(pipe.unet, backend="aot_eager", fullgraph=True)
 
 
-def compile_in_place(pipe):
-    pipe.unet.compile(backend="aot_eager", fullgraph=True)
-
-
 def compile_blocks(pipe):
     pipe.unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("compile_unet", [compile_outside, compile_in_place, compile_blocks])
+@pytest.mark.parametrize("compile_unet", [compile_outside, compile_blocks])
 def test_compiled_unets_are_guided_or_say_what_to_do(compile_unet, folder):
     torch._dynamo.reset()
     pipe = sd(
@@ -362,6 +359,30 @@ def test_compiled_unets_are_guided_or_say_what_to_do(compile_unet, folder):
     with pytest.raises(RuntimeError, match=r"torch\._dynamo\.reset"):
         with attach(pipe, config=config):
             run(pipe)
+    torch._dynamo.reset()
+
+
+def test_module_compiled_in_place_has_its_calls_wrapped_and_not_traced():
+    class Sum(torch.nn.Module):
+        def forward(self, x):
+            return x @ torch.ones(3, 2)
+
+    torch._dynamo.reset()
+    module, seen = Sum(), []
+    module.compile(backend="eager", fullgraph=True)
+    compiled, x = module._compiled_call_impl, torch.ones(1, 3)
+    plain = module(x)
+
+    def after(output):
+        return output + float(seen[-1])  # would break a graph
+
+    undo = around(module, lambda args, kwargs: seen.append(args[0].sum().item()), after, seen.clear)
+    assert module(x).equal(plain + 3) and seen == [3.0]
+    with pytest.raises(RuntimeError):
+        module(torch.ones(1, 4))
+    assert not seen
+    undo()
+    assert module._compiled_call_impl is compiled and module(x).equal(plain)
     torch._dynamo.reset()
 
 

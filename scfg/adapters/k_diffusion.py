@@ -66,7 +66,7 @@ class Denoiser:
         if sigmas is None and not self.steps.always:
             raise ValueError("start, stop and every need sigmas, the schedule of the sampler")
         self.model, self.guidance_scale, self.token_weights = model, guidance_scale, token_weights
-        self._levels = [] if sigmas is None else [s for s in sigmas.tolist() if s > 0]
+        self._levels = [] if sigmas is None else sigmas.tolist()
         self._last = len(self._levels)
         self._recorder = AttentionRecorder(unet, config, backend)
 
@@ -92,12 +92,10 @@ class Denoiser:
         """Whether S-CFG acts on a call, and whether it then finds regions."""
         if self.steps.always:
             return True, True
-        level = float(sigma.flatten()[0]) * (1 - 1e-6)
-        step = max(sum(s >= level for s in self._levels) - 1, 0)
-        if step < self._last:  # the noise has risen: another run
+        place = self.steps.place(float(sigma.flatten()[0]), self._levels)
+        if place[0] < self._last:  # the noise has risen: another run
             self.steps.forget()
-        self._last = step
-        place = step, len(self._levels)
+        self._last = place[0]
         acts = self.steps.acts(*place)
         return acts, acts and self.steps.finds(*place)
 
