@@ -23,13 +23,13 @@ SHAPES = (  # c, latent side, t, factor of the usual sizes
 
 @triton.jit
 def _region_sums_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, sums_ptr,
-                        t, h, w, height, width, C: tl.constexpr, FACTOR: tl.constexpr,
-                        AREA: tl.constexpr, PATCHES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+                        t, c, h, w, height, width, FACTOR: tl.constexpr, AREA: tl.constexpr,
+                        PATCHES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """One partial sum of the guidance norm over all t regions and the foreground of one image.
 
     Grid (b, p). A program takes every p-th block of PATCHES patches: the pixels of a patch share a
     label, so they are summed first, and each prediction, label and flag is read once. PATCHES x
-    TOKENS, the comparison of labels with tokens, stays within 8192 elements: 64 registers.
+    TOKENS, the comparison of labels with tokens, is at most 4096 elements, 16 registers a thread.
     """
     image = tl.program_id(0).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
@@ -42,8 +42,8 @@ def _region_sums_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr
         x = (patch % w * FACTOR)[:, None] + (pixel % FACTOR)[None, :]
         inside = (y < height) & (x < width) & (pixel < FACTOR * FACTOR)[None, :]
         squares = tl.full((PATCHES, AREA), 0.0, tl.float32)
-        for c in tl.static_range(C):
-            offset = ((image * C + c) * height + y) * width + x
+        for channel in tl.range(0, c, loop_unroll_factor=4):  # that many loads under way
+            offset = ((image * c + channel) * height + y) * width + x
             eps_uncond = tl.load(eps_uncond_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             eps_text = tl.load(eps_text_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             squares += (eps_text - eps_uncond) * (eps_text - eps_uncond)
@@ -129,15 +129,15 @@ def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_s
 def partials(pixels: int) -> int:
     """How many partial sums `region_sums` writes for an image of so many pixels.
 
-    One program per 1024 pixels; at most 8, since every program of `guide` reads all of them.
+    One program per 512 pixels; at most 8, since every program of `guide` reads all of them.
     """
-    return min(8, triton.cdiv(pixels, 1024))
+    return min(8, triton.cdiv(pixels, 512))
 
 
-def _sums_blocks(c: int, t: int, factor: int) -> dict:
+def _sums_blocks(t: int, factor: int) -> dict:
     tokens, area = triton.next_power_of_2(t + 1), triton.next_power_of_2(factor * factor)
-    patches = max(1, min(64, 8192 // tokens, 1024 // area))
-    return dict(C=c, FACTOR=factor, AREA=area, PATCHES=patches, TOKENS=tokens)
+    patches = max(1, min(4096 // tokens, 1024 // area))
+    return dict(FACTOR=factor, AREA=area, PATCHES=patches, TOKENS=tokens)
 
 
 def _guide_blocks(c: int, t: int, parts: int, factor: int, height: int, width: int) -> dict:
@@ -175,8 +175,8 @@ def region_sums(
     sums = eps_text.new_empty((b, parts, tokens + 1, 2), dtype=torch.float32)
     with on_device_of(sums):
         _region_sums_kernel[(b, parts)](
-            eps_uncond, eps_text, labels, foreground, sums, tokens, h, w, height, width,
-            **_sums_blocks(c, tokens, factor), num_warps=8)  # fmt: skip
+            eps_uncond, eps_text, labels, foreground, sums, tokens, c, h, w, height, width,
+            **_sums_blocks(tokens, factor), num_warps=8)  # fmt: skip
     return sums
 
 
@@ -223,7 +223,9 @@ def specializations():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for c, size, t, factor in SHAPES:
             eps = torch.empty(2, c, size, size, dtype=dtype, device="meta")
-            labels = torch.empty(2, size // factor, size // factor, dtype=torch.int64, device="meta")
+            labels = torch.empty(
+                2, size // factor, size // factor, dtype=torch.int64, device="meta"
+            )
             foreground = labels.to(torch.bool)
             sums = torch.empty(2, partials(size * size), t + 1, 2, device="meta")
             scale, token_weights = torch.empty(2, device="meta"), torch.empty(2, t, device="meta")

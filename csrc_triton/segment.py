@@ -35,7 +35,7 @@ def _blurred_level(x_ptr, column, active, stride, top, left, h, w,
     Coarse columns come 16 at a time: a dot 32 deep holds too many operands to stay in registers.
     """
     COLUMNS: tl.constexpr = column.shape[0]
-    HEIGHT: tl.constexpr = 2 * ROWS if FACTOR == 1 else ROWS  # at least (ROWS - 1) / FACTOR + 3
+    HEIGHT: tl.constexpr = 2 * ROWS  # at least ROWS + 2, and the 16 a dot takes
     y = _first_read(top, h, FACTOR) + tl.arange(0, HEIGHT)
     y_end = _first_read(tl.minimum(top + ROWS, h) - 1, h, FACTOR) + 3
     x_end = _first_read(tl.minimum(left + COLS, w) - 1, w, FACTOR) + 3

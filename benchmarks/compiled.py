@@ -1,0 +1,115 @@
+"""Compile every kernel the host rules can pick, without a GPU, and show what the compiler reports.
+
+``python -m benchmarks.compiled`` compiles all launches of `specializations` for all targets, which
+takes minutes. Launchers run on meta tensors: types, alignment and block sizes are those of a real
+launch.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import re
+import tempfile
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+MODULES = ("attention", "propagate", "segment", "guide")
+
+
+class _NoDevice:
+    """What a launch asks of the active driver, for a target that is not there."""
+
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: str(target)  # kernels are kept by device
+        self.get_current_stream = lambda device: 0
+
+
+@contextlib.contextmanager
+def compiling(target: GPUTarget, one_each: bool = False):
+    """Inside, launches compile for the target instead; yields the list of reports, one a kernel.
+
+    A report has the kernel's name, its shared memory in bytes, and, for NVIDIA, its registers a
+    thread and bytes spilled, as ptxas says.
+    """
+    reports, seen = [], set()
+    launch, device = JITFunction.run, driver._active
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        if one_each and kernel.__name__ in seen:
+            return
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            compiled = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+        seen.add(kernel.__name__)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            reports.append(_report(compiled, log.getvalue()))
+
+    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope():
+        knobs.cache.dir = cache  # a kernel found in the cache would come without a log
+        knobs.nvidia.dump_ptxas_log = True
+        JITFunction.run = compile_only
+        driver.set_active(_NoDevice(target))
+        try:
+            yield reports
+        finally:
+            JITFunction.run = launch
+            driver.set_active(device)
+
+
+def _report(compiled, log: str) -> dict:
+    report = {"kernel": compiled.metadata.name, "warps": compiled.metadata.num_warps}
+    report["shared"] = compiled.metadata.shared
+    if compiled.metadata.target.backend == "cuda":
+        report["registers"] = int(re.search(r"Used (\d+) registers", log)[1])
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+        report["spilled"] = sum(map(int, spills))
+    return report
+
+
+def launches(skip: torch.dtype | None = None):
+    """Every launch of `specializations`, but those with a tensor of the type to skip."""
+    for module in MODULES:
+        for launch, args in importlib.import_module(f"csrc_triton.{module}").specializations():
+            if not any(isinstance(x, torch.Tensor) and x.dtype == skip for x in args):
+                yield launch, args
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="of all, only this one")
+    parser.add_argument("--one-each", action="store_true", help="compile every kernel only once")
+    parser.add_argument("--skip-bfloat16", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per kernel")
+    arguments = parser.parse_args()
+    columns = ("kernel", "warps", "registers", "spilled", "shared")
+    if not arguments.json:
+        print(f"triton {triton.__version__}; registers a thread, spilled and shared in bytes")
+        print(f"target  {'kernel':24}", *(f"{column:>9}" for column in columns[1:]))
+    for name in arguments.target or TARGETS:
+        with compiling(TARGETS[name], arguments.one_each) as reports:
+            shown = 0
+            for launch, args in launches(torch.bfloat16 if arguments.skip_bfloat16 else None):
+                launch(*args)
+                for report in reports[shown:]:
+                    if arguments.json:
+                        print(json.dumps({"target": name, **report}), flush=True)
+                    else:
+                        cells = (str(report.get(column, "-")) for column in columns[1:])
+                        print(f"{name:7} {report['kernel']:24}", *(f"{x:>9}" for x in cells),
+                              flush=True)  # fmt: skip
+                shown = len(reports)
+
+
+if __name__ == "__main__":
+    main()

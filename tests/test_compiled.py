@@ -1,0 +1,82 @@
+"""Every kernel compiles for every target, and on sm_90 spills nothing: no GPU needed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = {
+    name
+    for path in (ROOT / "csrc_triton").glob("*.py")
+    for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
+}
+OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "gfx942")
+
+
+def start(*command):
+    """A process in which kernels are compiled rather than interpreted."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True
+    )
+
+
+def read(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """All launches for sm_90, one of each kernel for the others, at the same time.
+
+    bfloat16 kernels are those of float16 but for a conversion; `benchmarks.compiled` has them all.
+    """
+    command = ("-m", "benchmarks.compiled", "--json", "--skip-bfloat16")
+    targets = [word for name in OTHERS for word in ("--target", name)]
+    processes = (
+        start(*command, "--target", "sm_90"),
+        start(*command, "--one-each", *targets),
+    )
+    return [report for process in processes for report in read(process)]
+
+
+@pytest.mark.parametrize("target", ["sm_90", *OTHERS])
+def test_every_kernel_compiles(reports, target):
+    compiled = {report["kernel"] for report in reports if report["target"] == target}
+    assert compiled == KERNELS and len(KERNELS) >= 9
+
+
+def test_nothing_spills_on_sm_90_and_shared_memory_stays_below_100_kib(reports):
+    found = [report for report in reports if report["target"] == "sm_90"]
+    assert len(found) > 50
+    assert [report for report in found if report["spilled"]] == []
+    assert [report for report in found if report["shared"] >= 100 * 1024] == []
+
+
+def test_a_kernel_that_spills_is_reported(tmp_path):
+    (tmp_path / "spilling.py").write_text("""
+import json
+import torch
+import triton
+import triton.language as tl
+from benchmarks.compiled import TARGETS, compiling
+
+@triton.jit
+def _wide_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    tl.store(y_ptr + tl.arange(0, N), tl.sum(x, 0) * x)
+
+x = torch.empty(16384, device="meta")
+with compiling(TARGETS["sm_90"]) as reports:
+    _wide_kernel[(1,)](x, x, N=16384, num_warps=1)
+print(json.dumps(reports[0]))
+""")
+    process = start("-c", f"import runpy; runpy.run_path({str(tmp_path / 'spilling.py')!r})")
+    assert read(process)[0]["spilled"] > 0

@@ -1,0 +1,69 @@
+"""The meter counts what kernels ask memory for, and every stage stays within its bound."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
+
+from benchmarks import traffic
+
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="bytes are counted in the interpreter"
+)
+SD15, SDXL = traffic.SHAPES
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n) * tl.load(factor_ptr)
+    tl.store(y_ptr + i, x.to(tl.float16), mask=i < n)
+
+
+def test_active_lanes_are_counted_with_their_size_and_by_tensor():
+    n, programs = 1000, 4
+    x, factor, y = torch.rand(n), torch.rand(1), torch.empty(n, dtype=torch.float16)
+    with traffic.counting(watch=x) as counted:
+        _scale_kernel[(programs,)](x, factor, y, n, BLOCK=256)
+    assert torch.equal(y, (x * factor).half())
+    assert counted == traffic.Traffic(loaded=4 * n + 4 * programs, stored=2 * n, watched=4 * n)
+    assert counted.moved == 6 * n + 4 * programs
+
+
+def test_the_interpreter_is_left_as_it_was_also_after_an_error():
+    before = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    with pytest.raises(KeyError), traffic.counting():
+        raise KeyError
+    after = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    assert before == after
+
+
+@pytest.mark.parametrize("shape", traffic.SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("stage", [traffic.segment, traffic.region_sums, traffic.guide])
+def test_single_pass_stages_move_little_more_than_the_least(stage, shape):
+    moved, least, _ = stage(shape)
+    assert 1 <= moved / least <= traffic.BOUNDS[stage.__name__][shape.name] == 1.3
+
+
+def test_propagation_reads_a_large_map_once_a_power():
+    _, _, reads = traffic.complete(SDXL, steps=1)  # every power is a launch like this one
+    assert 1 <= reads <= 1 + 1.3
+
+
+def test_propagation_in_one_launch_reads_a_small_map_once_a_power_and_column_block():
+    moved, least, reads = traffic.complete(SD15)
+    assert reads == 4 * 5  # powers * ceil(78 / 16): stays in L2
+    assert moved / least <= traffic.BOUNDS["complete"]["SD 1.5"]
+
+
+def test_maps_are_counted_by_head():
+    shape = replace(SD15, side=6, heads=3, d=24, t=20)
+    assert traffic.attention_maps(shape)[:2] == traffic._count_maps(shape)
+
+
+def test_maps_stay_within_their_bound():
+    moved, least, _ = traffic.attention_maps(SD15)
+    assert 1 <= moved / least <= traffic.BOUNDS["attention_maps"]["SD 1.5"]
