@@ -1,4 +1,4 @@
-"""Triton twins of `scfg.reference`: same names, parameters, order and defaults, for CUDA tensors."""
+"""Triton twins of `scfg.reference`: names, parameters, order and defaults are the same; on CUDA."""
 
 from csrc_triton.attention import attention_apply, attention_map, attention_maps
 from csrc_triton.guide import guide, partials, region_sums

@@ -1,6 +1,6 @@
 """From labels to the guided prediction in two launches: region sums, then rate, blur and combine.
 
-The rate of a region needs its mean over the whole image, so every sum must be there before the first
+The rate of a region needs its mean over the whole image, so all sums must be there before the first
 pixel is guided: that wait for the whole grid is the boundary between the two launches. Sums are
 written as partials, one per program, and added up in a fixed order by whoever reads them: no
 atomics, the same bits on every run.

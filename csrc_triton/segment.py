@@ -1,4 +1,4 @@
-"""From the evidence of all levels to labels and foreground: upsample, blur, add, argmax, one launch.
+"""From the evidence of all levels to labels and foreground, in one launch: upsample, blur, argmax.
 
 Tokens are compared within one program, so a patch needs no second pass; labels of one tile need no
 other tile's, so nothing waits for the whole grid.
