@@ -84,7 +84,8 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 def require(name: str, value: Tensor, *shape: int | None) -> None:
     """Raise ValueError unless value has this shape, where None is any size."""
-    wrong = (want not in (None, n) for want, n in zip(shape, value.shape, strict=False))
+    pairs = zip(shape, value.shape, strict=False)
+    wrong = (want is not None and want != n for want, n in pairs)
     if value.ndim != len(shape) or any(wrong):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 

@@ -179,13 +179,16 @@ def test_full_width_has_the_names_shapes_heads_and_norms_of_diffusers(name):
 
 
 @torch.no_grad()
-def test_compiles_to_one_graph():
-    unet = UNet(TINY).eval()
-    x, context = torch.randn(2, 48, 7, 6), torch.randn(2, 5, 64)
+def test_compiles_to_one_graph_also_when_sizes_change():
+    torch._dynamo.reset()
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    compiled = torch.compile(unet, fullgraph=True, backend="eager")
-    args, kwargs = (x, torch.tensor([3, 900]), context), {"context_mask": mask}
-    assert torch.equal(compiled(*args, **kwargs), unet(*args, **kwargs))
+    for config in (TINY, dataclasses.replace(TINY, in_channels=3)):
+        unet = UNet(config).eval()
+        compiled = torch.compile(unet, fullgraph=True, backend="eager")
+        for size in ((7, 6), (9, 8), (5, 12)):
+            x, context = torch.randn(2, config.in_channels, *size), torch.randn(2, 5, 64)
+            args, kwargs = (x, torch.tensor([3, 900]), context), {"context_mask": mask}
+            assert torch.equal(compiled(*args, **kwargs), unet(*args, **kwargs))
 
 
 def test_gradient_reaches_every_parameter_and_both_inputs():
