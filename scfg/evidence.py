@@ -52,6 +52,11 @@ class Evidence:
         """Reductions seen, finest first."""
         return sorted(self.levels)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text, t."""
+        return self.levels[self.reductions[0]][0].shape[-1] - 1
+
     def total(self, reduction: int) -> Tensor:
         """Evidence of a level summed over its layers, (b, n, t+1)."""
         first, *others = self.levels[reduction]
@@ -60,6 +65,11 @@ class Evidence:
     def rows(self, begin: int, end: int) -> "Evidence":
         """The evidence of a part of the batch."""
         levels = {r: [x[begin:end] for x in layers] for r, layers in self.levels.items()}
+        return Evidence(self.size, levels, self.order)
+
+    def to(self, device: torch.device) -> "Evidence":
+        """The evidence on a device."""
+        levels = {r: [x.to(device) for x in layers] for r, layers in self.levels.items()}
         return Evidence(self.size, levels, self.order)
 
 

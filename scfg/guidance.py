@@ -149,8 +149,7 @@ def guide_evidence(
 ) -> Guided:
     """`find_regions`, then `guide_regions`."""
     labels, foreground = find_regions(text, uncond, config, backend)
-    tokens = text.total(text.reductions[0]).shape[-1] - 1
-    regions = (labels, foreground, tokens)
+    regions = (labels, foreground, text.tokens)
     return guide_regions(
         eps_uncond, eps_text, *regions, guidance_scale, config, backend, token_weights
     )

@@ -98,8 +98,7 @@ class Steps:
         """
         if branches is not None:
             uncond, text = branches
-            tokens = text.total(text.reductions[0]).shape[-1] - 1
-            self.keep(*find_regions(text, uncond, self.config, self.backend), tokens)
+            self.keep(*find_regions(text, uncond, self.config, self.backend), text.tokens)
         if self._regions is None:
             raise RuntimeError("no regions yet: the first step of a run must be recorded")
         if token_weights is not None:
