@@ -147,6 +147,7 @@ def test_images_are_those_of_generate(model, method):
     assert torch.equal(images, expected.images)
     if method == "cfg":
         assert (found["scale"] == 3).all()
+        torch.testing.assert_close(found["strength"], found["scale"])
 
 
 def test_the_mean_scale_is_that_of_the_rates(model):
@@ -157,8 +158,20 @@ def test_the_mean_scale_is_that_of_the_rates(model):
     expected = 3 * torch.stack([step.rate.mean(dim=(1, 2)) for step in trace]).mean(dim=0)
     found = draw(model, Point("scfg", 3.0, "ddim", 3), scenes, [1, 2])[1]
     torch.testing.assert_close(found["scale"], expected)
+    assert (found["strength"] != found["scale"]).all()
     assert found["spread_after"].shape == (2, 3)
     assert found["spread_after"].nanmean() < found["spread_before"].nanmean()
+
+
+def test_strength_weighs_pixels_by_the_norm_of_guidance(model):
+    prompt = caption(SCENES[0])
+    trace = generate(model, [prompt], [3], guidance_scale=3.0, steps=1, trace=True).trace
+    x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    eta = model.unet(x, 999, model.encode(prompt)) - model.unet(x, 999, model.encode(""))
+    norm = eta.norm(dim=1)
+    expected = 3 * (trace[0].rate * norm).sum() / norm.sum()
+    found = draw(model, Point("scfg", 3.0, "ddim", 1), SCENES[:1], [3])[1]
+    assert found["strength"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_every_method_draws(model):

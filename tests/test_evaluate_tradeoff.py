@@ -22,13 +22,14 @@ SCALES = (1.0, 2.0, 4.0, 8.0)
 REFERENCE = torch.randn(300, 5, generator=torch.Generator().manual_seed(99))
 
 
-def measured(method, guidance_scale, mean_scale, quality, n=60):
+def measured(method, guidance_scale, mean_scale, quality, n=60, strength=None):
     """A point whose images have alignment ``quality`` plus noise that all methods share."""
     generator = torch.Generator().manual_seed(0)
     noise = 0.01 * torch.randn(n, generator=generator)
     found = {name: quality + noise for name in AGREEMENTS}
     found["features"] = torch.randn(n, 5, generator=generator) * (1 + quality)
     found["scale"] = torch.full((n,), mean_scale)
+    found["strength"] = torch.full((n,), mean_scale if strength is None else strength)
     return measure_point(Point(method, guidance_scale), found, REFERENCE)
 
 
@@ -62,6 +63,16 @@ def test_a_better_method_is_found_better_with_the_error_of_pairs():
     plain, difference = matched(better, curve(), "alignment")
     assert difference.value == pytest.approx(0.05, abs=1e-6)
     assert difference.interval < 1e-6 < plain.interval  # the shared noise cancels
+
+
+def test_points_are_matched_by_mean_scale_and_by_strength():
+    quality = 0.2 * math.log(2)
+    point = measured("scfg", 2.0, 4.0, quality, strength=2.0)
+    by_scale, by_strength = matched_rows([*curve(), point])
+    assert (by_scale["matched"], by_strength["matched"]) == ("scale", "strength")
+    assert (by_scale["cfg_scale"], by_strength["cfg_scale"]) == (4.0, 2.0)
+    assert by_scale["alignment_difference"] == pytest.approx(-0.2 * math.log(2), abs=1e-6)
+    assert by_strength["alignment_difference"] == pytest.approx(0, abs=1e-6)
 
 
 def test_outside_the_curve_nothing_is_claimed():

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scfg import ops, sampling
+from scfg import ops, reference, sampling
 from scfg.generate import SHAPES_CONFIG
 from scfg.guidance import cfg
 from scfg.shapes.model import ShapesModel
@@ -113,22 +113,23 @@ def draw(
         indices: Their b numbers: the seeds of the noise.
 
     Returns:
-        Images (b, 3, 64, 64), and float32 tensors "scale" (b,), the mean of guidance_scale * rate
-        over pixels and steps, and, where token regions exist, "spread_before" and "spread_after"
-        (b, steps), the `spread` over them without and with the rate.
+        Images (b, 3, 64, 64), and float32 tensors: "scale" (b,), the mean of guidance_scale * rate
+        over pixels and steps; "strength" (b,), the same with each pixel of a step weighing as much
+        as the norm of guidance there, ``sum scale ||eta|| / sum ||eta||``; where token regions
+        exist, "spread_before" and "spread_after" (b, steps), the `spread` over them without and
+        with the rate.
     """
     captions = [caption(s) for s in scenes]
     context = torch.cat([model.encode([""] * len(captions)), model.encode(captions)])
     config, scale = CONFIGS.get(point.method), point.guidance_scale
     unet = model.unet if config is None else UNetWrapper(model.unet, config)
-    scales, before, after = [], [], []
+    scales, strengths, before, after = [], [], [], []
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         eps_uncond, eps_text = unet(torch.cat([x, x]), torch.cat([t, t]), context).chunk(2)
         if point.method == "cfg":
-            scales.append(torch.full((len(x),), scale))
-            return cfg(eps_uncond, eps_text, scale)
-        if point.method == "samg":
+            eps, rate = cfg(eps_uncond, eps_text, scale), torch.ones_like(x[:, :1])
+        elif point.method == "samg":
             eps, rate = samg(eps_uncond, eps_text, scale)
         else:
             guided = unet.guide(eps_uncond, eps_text, scale)
@@ -136,7 +137,9 @@ def draw(
             regions = (guided.labels, context.shape[1])
             before.append(spread(eps_uncond, eps_text, *regions))
             after.append(spread(eps_uncond, eps, *regions))
+        norm = reference.guidance_norm(eps_uncond, eps_text)[:, None]  # (b, 1, H, W)
         scales.append(scale * rate.mean(dim=(1, 2, 3)))
+        strengths.append(scale * (rate * norm).sum(dim=(1, 2, 3)) / norm.sum(dim=(1, 2, 3)))
         return eps
 
     generators = [torch.Generator().manual_seed(index) for index in indices]
@@ -147,7 +150,7 @@ def draw(
     finally:
         if config is not None:
             unet.remove()
-    found = {"scale": torch.stack(scales).mean(dim=0)}
+    found = {"scale": torch.stack(scales).mean(0), "strength": torch.stack(strengths).mean(0)}
     if before:
         found |= {"spread_before": torch.stack(before, 1), "spread_after": torch.stack(after, 1)}
     return model.decode(latents), {name: x.cpu() for name, x in found.items()}

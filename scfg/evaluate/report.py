@@ -16,6 +16,7 @@ from scfg.evaluate.draw import scene
 from scfg.evaluate.judge import WEIGHTS as JUDGE_WEIGHTS
 from scfg.evaluate.regions import LEVELS, find, probe
 from scfg.evaluate.tradeoff import (
+    COMPARED,
     Measured,
     curves,
     interpolation_errors,
@@ -29,6 +30,7 @@ from scfg.shapes.model import ShapesModel
 from scfg.shapes.scenes import caption
 
 TEMPLATE = Path(__file__).with_name("report.html")
+MATCHED = {"scale": "mean scale", "strength": "strength"}
 SAMPLES = 8  # pages of single samples
 SAMPLE_SCALE, SAMPLE_STEPS = 2.5, 20
 
@@ -70,7 +72,7 @@ def write_report(plan: Plan, folder: Path, model: ShapesModel, command: str) -> 
         "samples": str(plan.samples),
         "reference": str(plan.reference),
         "scenes": str(plan.scenes),
-        "verdicts": html.escape(_verdicts(rows["matched"])),
+        "verdicts": _verdicts(rows["matched"]),
         "interpolation": _interpolation(points),
         "matched_table": _matched_table(rows["matched"]),
         "best_table": _best_table(points),
@@ -108,28 +110,29 @@ def _matched_table(rows: Sequence[dict]) -> str:
     lines = []
     for row in rows:
         line = [figures.NAMES[row["method"]], f"{row['sampler']}, {row['steps']}"]
-        line += [f"{row['guidance_scale']:g}", f"{row['mean_scale']:.2f}"]
-        for name in ("alignment", "all", "kid"):
+        line += [MATCHED[row["matched"]], f"{row['guidance_scale']:g}", f"{row['cfg_scale']:.2f}"]
+        for name in COMPARED:
             style = {1: "good", 0: "", -1: "bad"}[_sign(row, name)]
             line.append(f"<span class='{style}'>{_number(row, f'{name}_difference')}</span>")
         lines.append(line)
-    head = ("method", "sampler", "guidance scale", "mean scale")
+    head = ("method", "sampler", "same", "guidance scale", "CFG's scale")
     changes = ("alignment, difference", "all right, difference", "KID, difference")
     return _table((*head, *changes), lines)
 
 
 def _verdicts(rows: Sequence[dict]) -> str:
-    """One sentence per method."""
-    sentences = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        lines = [row for row in rows if row["method"] == method]
-        lines = [row for row in lines if row["alignment_difference"] is not None]
+    """One item per method and match."""
+    items = []
+    for method, match in dict.fromkeys((row["method"], row["matched"]) for row in rows):
+        lines = [row for row in rows if (row["method"], row["matched"]) == (method, match)]
+        lines = [row for row in lines if row["kid_difference"] is not None]
         counts = []
         for name, title in (("alignment", "alignment"), ("kid", "KID")):
             signs = [_sign(row, name) for row in lines]
-            counts.append(f"{title} better at {signs.count(1)} and worse at {signs.count(-1)}")
-        sentences.append(f"{figures.NAMES[method]}: of {len(lines)} points {', '.join(counts)}.")
-    return " ".join(sentences)
+            counts.append(f"{title} better at {signs.count(1)}, worse at {signs.count(-1)}")
+        text = f"{figures.NAMES[method]}, same {MATCHED[match]}: of {len(lines)} points "
+        items.append(f"<li>{html.escape(text + '; '.join(counts))}</li>")
+    return "".join(items)
 
 
 def _interpolation(points: Sequence[Measured]) -> str:
@@ -163,9 +166,9 @@ def _points_table(rows: Sequence[dict]) -> str:
     lines = []
     for row in rows:
         line = [figures.NAMES[row["method"]], f"{row['sampler']}, {row['steps']}"]
-        line += [f"{row['guidance_scale']:g}", f"{row['mean_scale']:.2f}"]
+        line += [f"{row[name]:.3g}" for name in ("guidance_scale", "mean_scale", "strength")]
         lines.append([*line, *(_number(row, name) for name in names)])
-    head = ("method", "sampler", "guidance scale", "mean scale")
+    head = ("method", "sampler", "guidance scale", "mean scale", "strength")
     titles = ("alignment", "colour", "shape", "texture", "no other", "all right", "KID", "Fréchet")
     return _table((*head, *titles), lines)
 

@@ -1,5 +1,6 @@
 """Quality against alignment: curves, and every method against CFG at the same mean scale."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from scfg.evaluate.draw import Point
 from scfg.evaluate.metrics import Estimate, combine, frechet_distance, kernel_distance, mean
 
 AGREEMENTS = ("alignment", "colour", "shape", "texture", "clean", "all")
-COMPARED = ("alignment", "all", "kid")  # at matched mean scale
+COMPARED = ("alignment", "all", "kid")  # with CFG at the same scale
+MATCHES = ("scale", "strength")  # what is the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +22,14 @@ class Measured:
     Attributes:
         point: How its images were drawn.
         scale: Mean of guidance_scale * rate over pixels, steps and images.
+        strength: The same, pixels weighing as much as the norm of guidance there. A method that
+            raises the rate where there is little to guide has a lower strength than scale.
         results: By name: "kid", "frechet" (if there are samples enough) and `AGREEMENTS`.
     """
 
     point: Point
     scale: float
+    strength: float
     results: dict[str, Estimate]
 
 
@@ -40,7 +45,8 @@ def measure_point(point: Point, found: dict[str, Tensor], reference: Tensor) -> 
     results["kid"] = kernel_distance(found["features"], reference)
     if len(found["features"]) > reference.shape[1] < len(reference):
         results["frechet"] = frechet_distance(found["features"], reference)
-    return Measured(point, found["scale"].double().mean().item(), results)
+    scale, strength = (found[name].double().mean().item() for name in MATCHES)
+    return Measured(point, scale, strength, results)
 
 
 def interpolate(curve: Sequence[Measured], scale: float, name: str) -> Estimate | None:
@@ -64,9 +70,9 @@ def interpolate(curve: Sequence[Measured], scale: float, name: str) -> Estimate 
 
 
 def matched(
-    measured: Measured, curve: Sequence[Measured], name: str
+    measured: Measured, curve: Sequence[Measured], name: str, match: str = "scale"
 ) -> tuple[Estimate, Estimate] | None:
-    """CFG at a point's mean scale, and the point less that.
+    """CFG at a point's mean scale, or at its strength, and the point less that.
 
     Prompts and noise being the same, the error of the difference is that of paired samples.
 
@@ -74,11 +80,12 @@ def matched(
         measured: A point of any method.
         curve: CFG with the same sampler.
         name: Of the result.
+        match: One of `MATCHES`, which are the same thing for CFG.
 
     Returns:
         Estimates of CFG and of the difference; None outside the curve.
     """
-    plain = interpolate(curve, measured.scale, name)
+    plain = interpolate(curve, getattr(measured, match), name)
     if plain is None:
         return None
     return plain, combine((1, -1), (measured.results[name], plain))
@@ -119,6 +126,7 @@ def point_rows(points: Sequence[Measured], samples: int) -> list[dict]:
             "steps": point.steps,
             "guidance_scale": point.guidance_scale,
             "mean_scale": measured.scale,
+            "strength": measured.strength,
             "samples": samples,
         }
         for name in (*AGREEMENTS, "kid", "frechet"):
@@ -130,22 +138,23 @@ def point_rows(points: Sequence[Measured], samples: int) -> list[dict]:
 
 
 def matched_rows(points: Sequence[Measured]) -> list[dict]:
-    """A table of the differences to CFG at matched mean scale; empty cells outside its curve."""
+    """A table of the differences to CFG at a matched scale; empty cells outside its curve."""
     plain = curves(points)
+    others = [measured for measured in points if measured.point.method != "cfg"]
     rows = []
-    for measured in points:
+    for match, measured in itertools.product(MATCHES, others):
         point = measured.point
-        if point.method == "cfg":
-            continue
         row = {
+            "matched": match,
             "method": point.method,
             "sampler": point.sampler,
             "steps": point.steps,
             "guidance_scale": point.guidance_scale,
-            "mean_scale": measured.scale,
+            "cfg_scale": getattr(measured, match),
         }
         for name in COMPARED:
-            both = matched(measured, plain.get((point.sampler, point.steps), []), name)
+            curve = plain.get((point.sampler, point.steps), [])
+            both = matched(measured, curve, name, match)
             row[name] = measured.results[name].value
             row[f"cfg_{name}"] = both and both[0].value
             row[f"{name}_difference"] = both and both[1].value
