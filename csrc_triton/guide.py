@@ -1,9 +1,16 @@
 """From labels to the guided prediction in two launches: region sums, then rate, blur and combine.
 
-The rate of a region needs its mean over the whole image, so all sums must be there before the first
-pixel is guided: that wait for the whole grid is the boundary between the two launches. Sums are
-written as partials, one per program, and added up in a fixed order by whoever reads them: no
+The rate of a region needs its mean over the whole image, so every sum must be there before the
+first pixel is guided: that wait for the whole grid is the boundary between the two launches. Sums
+are written as partials, one per program, and added up in a fixed order by whoever reads them: no
 atomics, the same bits on every run.
+
+With `csrc_triton.segment` that makes three launches after the last layer. Not fewer: segmentation
+and sums need no such wait and could share a launch, but then neither would have its twin. One
+cooperative launch of all three, integer atomics for barriers, was tried: it compiles for sm_90 (255
+registers, no spills), but its counters take a launch to be zeroed, all its programs must be
+resident at once or they wait forever, and the interpreter, which runs one after the other, cannot
+check a barrier. It saves one launch and was dropped.
 """
 
 import torch
