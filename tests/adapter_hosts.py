@@ -152,12 +152,12 @@ def sdxl(folder):
     return pipe
 
 
-def deepfloyd():
-    """The first stage of DeepFloyd IF, prompts given as embeddings: text in the keys, variance."""
+def deepfloyd(stage=1):
+    """DeepFloyd IF, prompts given as embeddings: text among the keys, variance in the output."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
-        in_channels=3,
+        in_channels=3 * stage,
         out_channels=6,
         block_out_channels=(16, 32, 32, 32),
         down_block_types=("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
@@ -170,22 +170,28 @@ def deepfloyd():
         encoder_hid_dim=24,
         addition_embed_type="text",
         addition_embed_type_num_heads=2,
+        class_embed_type="timestep" if stage == 2 else None,
         resnet_time_scale_shift="scale_shift",
         only_cross_attention=False,
     )
-    scheduler = diffusers.DDPMScheduler(
-        variance_type="learned_range", beta_schedule="squaredcos_cap_v2", thresholding=True
-    )
-    pipe = diffusers.IFPipeline(
+    schedule = dict(beta_schedule="squaredcos_cap_v2")
+    parts = dict(
         tokenizer=None,
         text_encoder=None,
         unet=unet.eval(),
-        scheduler=scheduler,
+        scheduler=diffusers.DDPMScheduler(
+            variance_type="learned_range", thresholding=True, **schedule
+        ),
         safety_checker=None,
         feature_extractor=None,
         watermarker=None,
         requires_safety_checker=False,
     )
+    if stage == 1:
+        pipe = diffusers.IFPipeline(**parts)
+    else:
+        noising = diffusers.DDPMScheduler(**schedule)
+        pipe = diffusers.IFSuperResolutionPipeline(**parts, image_noising_scheduler=noising)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

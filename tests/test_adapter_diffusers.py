@@ -205,7 +205,7 @@ def test_perturbed_attention_guidance_is_added_to_the_guided_prediction(folder):
         assert_close(actual=eps, expected=expected, atol=1e-4, what="prediction")
 
 
-def run_deepfloyd(pipe):
+def run_deepfloyd(pipe, **call):
     text = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
     return pipe(
         prompt_embeds=text[:1],
@@ -216,15 +216,17 @@ def run_deepfloyd(pipe):
         width=24,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
+        **call,
     ).images
 
 
-def test_deepfloyd_is_guided_at_the_scale_given_and_keeps_its_variance():
-    pipe = deepfloyd()
-    plain = run_deepfloyd(pipe)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepfloyd_is_guided_at_the_scale_given_and_keeps_its_variance(stage):
+    pipe, call = deepfloyd(stage), dict(image=image(8, 12)) if stage == 2 else {}
+    plain = run_deepfloyd(pipe, **call)
     raw, stepped, end = spy(pipe)
     with attach(pipe, guidance_scale=5.0):
-        run_deepfloyd(pipe)
+        run_deepfloyd(pipe, **call)
     end()
     for (output, layers), stepped_with in zip(raw, stepped, strict=True):
         expected = by_hand(output, layers, 5.0, channels=3).eps
@@ -232,8 +234,8 @@ def test_deepfloyd_is_guided_at_the_scale_given_and_keeps_its_variance():
         assert_close(actual=eps, expected=expected, atol=1e-4, what="prediction")
         assert variance.equal(output[1:, 3:])
     with attach(pipe, guidance_scale=5.0, config=PLAIN):
-        assert_close(actual=run_deepfloyd(pipe), expected=plain, atol=1e-5)
-    assert run_deepfloyd(pipe).equal(plain)
+        assert_close(actual=run_deepfloyd(pipe, **call), expected=plain, atol=1e-5)
+    assert run_deepfloyd(pipe, **call).equal(plain)
 
 
 def add_lora(pipe):
