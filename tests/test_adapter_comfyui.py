@@ -1,9 +1,7 @@
 """The ComfyUI nodes against a real ModelPatcher and sampler, where ComfyUI can be imported."""
 
 import asyncio
-import contextlib
 import importlib.util
-import sys
 import uuid
 from types import SimpleNamespace
 
@@ -12,31 +10,23 @@ import torch
 from conftest import assert_close
 
 import scfg
-from scfg.attention import AttentionRecorder
 
 if importlib.util.find_spec("comfy") is None:
     pytest.skip("ComfyUI is not on the path", allow_module_level=True)
 
-
-@contextlib.contextmanager
-def arguments(*values):
-    kept, sys.argv = sys.argv, [sys.argv[0], *values]
-    try:
-        yield
-    finally:
-        sys.argv = kept
-
-
-with arguments(*([] if torch.cuda.is_available() else ["--cpu"])):
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.cli_args
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.supported_models  # noqa: E402
+from comfy_hosts import (  # noqa: E402
+    CONFIG,
+    PLAIN,
+    SDXL,
+    attention_basic,
+    check,
+    guided,
+    hooks,
+    little_memory,
+    make,
+    run,
+    text,
+)
 
 from scfg.adapters.comfyui import comfy_entrypoint  # noqa: E402
 from scfg.adapters.comfyui.guide import KEY, Guide  # noqa: E402
@@ -44,155 +34,10 @@ from scfg.adapters.comfyui.nodes import SemanticGuidance, SemanticGuidanceView  
 from scfg.adapters.comfyui.patch import patch  # noqa: E402
 from scfg.adapters.comfyui.words import clip_weights, parse_phrases  # noqa: E402
 
-CONFIG = scfg.SCFGConfig()
-PLAIN = scfg.SCFGConfig(rate_min=1, rate_max=1, max_scale=None)
-CPU = torch.device("cpu")
-SD15 = dict(
-    image_size=32,
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    num_res_blocks=[1] * 4,
-    channel_mult=[1, 1, 2, 2],
-    transformer_depth=[1] * 3 + [0],
-    transformer_depth_output=[1] * 6 + [0] * 2,
-    transformer_depth_middle=1,
-    context_dim=32,
-    use_spatial_transformer=True,
-    legacy=False,
-    use_linear_in_transformer=False,
-    adm_in_channels=None,
-    use_temporal_attention=False,
-)
-SDXL = SD15 | dict(
-    num_res_blocks=[1] * 3,
-    channel_mult=[1, 1, 2],
-    transformer_depth=[0, 1, 2],
-    transformer_depth_output=[0, 0, 1, 1, 2, 2],
-    transformer_depth_middle=2,
-    use_linear_in_transformer=True,
-    num_classes="sequential",
-    adm_in_channels=2816,
-)
-
-
-def make(kind="SD15", settings=SD15):
-    config = getattr(comfy.supported_models, kind)(dict(settings))
-    config.unet_config["num_heads"] = 2
-    config.unet_config.pop("num_head_channels", None)
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
-    g = torch.Generator().manual_seed(0)
-    for name, p in model.diffusion_model.named_parameters():
-        fan = p[0].numel() if p.dim() > 1 else 1
-        p.requires_grad_(False)
-        p.data = torch.randn(p.shape, generator=g) * (fan**-0.5 if p.dim() > 1 else 0.05)
-        if p.dim() == 1 and name.endswith("weight"):
-            p.data += 1
-    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
-
 
 @pytest.fixture(scope="module")
 def model():
     return make()
-
-
-def text(seed, tokens=77, **options):
-    context = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(seed))
-    return [[context, dict(options)]]
-
-
-def run(model, positive=None, negative=None, cfg=6.0, steps=2, sampler="euler", b=1, size=(16, 24)):
-    noise = torch.randn(b, 4, *size, generator=torch.Generator().manual_seed(0))
-    positive, negative = positive or text(1), negative or text(2)
-    inputs = (positive, negative, torch.zeros_like(noise))
-    return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, "normal", *inputs, seed=0, disable_pbar=True
-    )
-
-
-def guided(model, config=CONFIG, **options):
-    guide = Guide(config, **options)
-    return patch(model, guide), guide
-
-
-def hooks(model):
-    modules = model.model.diffusion_model.modules()
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
-
-
-class Watch:
-    """Maps and predictions of every step, by a recorder and a post-CFG function of its own."""
-
-    def __init__(self, model):
-        self.model, self.steps, self.calls = model.clone(), [], []
-        unet = model.model.diffusion_model
-        self.recorder = AttentionRecorder(unet, CONFIG, "torch", keep_maps=True)
-
-        def call(executor, x, timesteps, context, *args, **kwargs):
-            self.recorder.start(x)
-            output = executor(x, timesteps, context, *args, **kwargs)
-            options = next(a for a in args if isinstance(a, dict) and "uuids" in a)
-            layers = self.recorder.finish().layers
-            self.calls.append((list(options["cond_or_uncond"]), layers, tuple(x.shape)))
-            return output
-
-        def after(args):
-            self.steps.append((args["uncond_denoised"], args["cond_denoised"], args["denoised"]))
-            return args["denoised"]
-
-        self.model.add_wrapper_with_key("diffusion_model", "watch", call)
-        self.model.set_model_sampler_post_cfg_function(after)
-
-
-@contextlib.contextmanager
-def watched(model):
-    """`semantic_cfg` by hand needs the prediction before S-CFG: an unguided twin run gives it."""
-    watch = Watch(model)
-    try:
-        yield watch
-    finally:
-        watch.recorder.remove()
-
-
-def by_hand(model, expected_calls, config=CONFIG, fold=None, b=1, **call):
-    """What one step of euler has to predict, from maps and predictions of an unguided step."""
-    with watched(model) as watch:
-        run(watch.model, steps=1, b=b, **call)
-    assert [kind for kind, *_ in watch.calls] == expected_calls
-    rows = {}
-    for kinds, layers, _ in watch.calls:
-        for i, kind in enumerate(kinds):
-            part = slice(i * b, i * b + b)
-            maps = [(layer.self_map[part], layer.cross_map[part]) for layer in layers]
-            rows[kind] = maps if fold is None else [(s, fold(c)) for s, c in maps]
-    self_maps = [torch.cat([u[0], c[0]]) for u, c in zip(rows[1], rows[0], strict=True)]
-    cross_maps = [torch.cat([u[1], c[1]]) for u, c in zip(rows[1], rows[0], strict=True)]
-    uncond, cond, _ = watch.steps[0]
-    return scfg.semantic_cfg(uncond, cond, self_maps, cross_maps, 6.0, config)
-
-
-def check(model, expected_calls, fold=None, **call):
-    """One guided step against `by_hand`; euler's only step gives the denoised image."""
-    expected = by_hand(model, expected_calls, fold=fold, **call)
-    patched, guide = guided(model)
-    result = run(patched, steps=1, **call)
-    goal = model.model.process_latent_out(expected.eps)
-    assert_close(actual=result, expected=goal, atol=1e-4, rtol=1e-4)
-    labels = expected.labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    assert guide.history[0].labels.equal(labels)
-    assert_close(actual=guide.history[0].rate, expected=expected.rate, atol=1e-5)
-    return guide
-
-
-@contextlib.contextmanager
-def little_memory(monkeypatch):
-    def free(device=None, torch_free_too=False):
-        return (2**30, 2**30) if torch_free_too else 0
-
-    with monkeypatch.context() as patched:
-        patched.setattr(comfy.model_management, "get_free_memory", free)
-        yield
 
 
 @pytest.mark.parametrize("b", [1, 2])
@@ -279,7 +124,7 @@ def test_other_patches_of_attention_and_guidance_are_kept(model):
         return (args["cond"] * 0.9 + args["uncond"] * 0.1) * 2
 
     def replace(q, k, v, extra, mask=None):
-        return comfy.ldm.modules.attention.attention_basic(q, k, v, extra["n_heads"])
+        return attention_basic(q, k, v, extra["n_heads"])
 
     other = model.clone()
     other.set_model_attn1_replace(replace, "middle", 0)
