@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when csrc_triton is imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a core for each process of the suite
+
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
