@@ -34,15 +34,18 @@ def inpaint(folder):
     return quiet(pipe), dict(image=image(), mask_image=mask)
 
 
-def controlnet(folder):
-    parts = sd_parts(folder)
-    net = diffusers.ControlNetModel.from_unet(
-        parts["unet"], conditioning_channels=3, load_weights_from_unet=True
-    )
+def control(unet):
+    """A ControlNet that does something."""
+    net = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=3)
     for block in net.controlnet_down_blocks:
         torch.nn.init.normal_(block.weight, std=0.1)
+    return net.eval()
+
+
+def controlnet(folder):
+    parts = sd_parts(folder)
     pipe = diffusers.StableDiffusionControlNetPipeline(
-        **parts, controlnet=net.eval(), requires_safety_checker=False
+        **parts, controlnet=control(parts["unet"]), requires_safety_checker=False
     )
     return quiet(pipe), dict(image=image(), height=None, width=None)
 
@@ -62,13 +65,37 @@ def xl_img2img(folder):
     return quiet(pipe), dict(image=image(), strength=0.7, steps=4, height=None, width=None)
 
 
+def sd2(folder):
+    pipe = sd(folder, use_linear_projection=True, attention_head_dim=(1, 2, 2, 2))
+    config = pipe.scheduler.config
+    pipe.scheduler = type(pipe.scheduler).from_config(config, prediction_type="v_prediction")
+    return pipe, {}
+
+
+def xl_inpaint(folder):
+    pipe = diffusers.StableDiffusionXLInpaintPipeline(**sdxl_parts(folder), add_watermarker=False)
+    mask = (image() > 0.5).float()[:, :1]
+    return quiet(pipe), dict(image=image(), mask_image=mask, strength=1.0)
+
+
+def xl_controlnet(folder):
+    parts = sdxl_parts(folder)
+    pipe = diffusers.StableDiffusionXLControlNetPipeline(
+        **parts, controlnet=control(parts["unet"]), add_watermarker=False
+    )
+    return quiet(pipe), dict(image=image(), height=None, width=None)
+
+
 HOSTS = {
     "sd": lambda folder: (sd(folder), {}),
+    "sd2": sd2,
     "sd_img2img": img2img,
     "sd_inpaint": inpaint,
     "sd_controlnet": controlnet,
     "sdxl": lambda folder: (sdxl(folder), {}),
     "sdxl_img2img": xl_img2img,
+    "sdxl_inpaint": xl_inpaint,
+    "sdxl_controlnet": xl_controlnet,
 }
 
 

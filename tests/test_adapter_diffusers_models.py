@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from adapter_hosts import (
-    sd,
-)
+from adapter_hosts import PROMPT, sd
 from conftest import assert_close
 from diffusers_runs import check_by_hand, guided, run
 
@@ -101,6 +99,19 @@ def test_weights_offloaded_leaf_by_leaf_are_used_where_they_are(folder):
     expected = guided(pipe)
     cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
     torch.testing.assert_close(guided(pipe), expected, rtol=0, atol=0)
+
+
+def test_whole_models_offloaded_and_a_tiled_decoder_change_nothing(folder):
+    from accelerate import cpu_offload_with_hook
+
+    pipe = sd(folder)
+    expected = guided(pipe)
+    _, hook = cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    pipe.vae.enable_tiling()
+    torch.testing.assert_close(guided(pipe), expected, rtol=0, atol=0)
+    with attach(pipe):
+        assert pipe(PROMPT, num_inference_steps=1, height=64, width=72).images[0].size == (72, 64)
+    hook.remove()
 
 
 def compile_outside(pipe):
