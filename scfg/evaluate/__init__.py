@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ))  # fmt: skip
     add("--reduced", action="store_true", help="minutes instead of hours: fewer points and samples")
     add("--samples", type=int, help=(
-        "images per point; default: 128 with --reduced, else 10,000 on a GPU and 1000 without"
+        "images per point; default: 96 with --reduced, else 10,000 on a GPU and 1000 without"
     ))  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU per process")
     add("--threads", type=int, default=1, help=(

@@ -89,7 +89,8 @@ def tradeoff(rows: Sequence[dict], quality: str = "kid") -> Figure:
                 for r in line:
                     at = (r["alignment"], r[quality])
                     text = f"{r['guidance_scale']:g}"
-                    both.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7)
+                    look = {"fontsize": 7.5, "color": STYLES[method][0]}
+                    both.annotate(text, at, (4, 4), textcoords="offset points", **look)
         both.set(xlabel="caption attributes carried", ylabel=f"{title} (lower is better)")
         aligned.set(xlabel="mean scale", ylabel="caption attributes carried", xscale="log")
         good.set(xlabel="mean scale", ylabel=f"{title}", xscale="log")

@@ -9,11 +9,11 @@ from scfg.evaluate.work import Plan, sha256
 FULL = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0)  # guidance scales
 CFG_MORE = (22.0,)  # reached by the mean scale of a method that raises it
 REDUCED = {  # method: guidance scales
-    "cfg": (1.0, 1.5, 2.5, 4.0, 7.0, 11.0),
-    "scfg": (1.5, 2.5, 4.0, 7.0),
-    "scfg_none": (2.5, 7.0),
-    "scfg_image": (2.5, 7.0),
-    "samg": (1.5, 2.5, 4.0, 7.0),
+    "cfg": (1.0, 2.5, 4.0, 7.0, 11.0),
+    "scfg": (1.5, 2.5, 7.0),
+    "scfg_none": (7.0,),
+    "scfg_image": (7.0,),
+    "samg": (2.5, 7.0),
 }
 TIMESTEPS = (50, 200, 350, 500, 650, 800, 950)
 
@@ -46,7 +46,7 @@ def make_plan(
 
     Args:
         reduced: The reduced setting instead of the full one.
-        samples: Images per point; None: 128 in the reduced setting, else 10,000 on a GPU and 1000
+        samples: Images per point; None: 96 in the reduced setting, else 10,000 on a GPU and 1000
             without one.
         weights: Of the model.
         judge: Weights of the judge.
@@ -56,7 +56,7 @@ def make_plan(
         ValueError: samples is below 4.
     """
     if samples is None:
-        samples = 128 if reduced else 10_000 if gpu else 1000
+        samples = 96 if reduced else 10_000 if gpu else 1000
     if samples < 4:
         raise ValueError(f"samples must be at least 4, got {samples}")
     return Plan(
