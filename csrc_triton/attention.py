@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import on_device_of, refuse_gradients
+from csrc_triton.launch import check_inputs, on_device_of
 from csrc_triton.scores import _dot, _mean_probabilities, _scores, _softmax_statistics
 
 # n, heads, d, t of the layers recorded by default: SD 1.5 at 512 and 1024, SD 2.1 at 768, SDXL at
 # 1024 and the embedded model; then layers for which no map is formed.
 SHAPES = (
     (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77), (576, 20, 64, 77), (144, 20, 64, 77),
-    (1024, 20, 64, 77), (256, 2, 24, 16), (64, 2, 48, 16),
+    (1024, 20, 64, 77), (256, 2, 32, 16), (64, 2, 64, 16),
 )  # fmt: skip
 LARGE_SHAPES = ((16384, 8, 40, 77), (9216, 5, 64, 77))
 
@@ -149,8 +149,9 @@ def attention_map(q: Tensor, k: Tensor, heads: int, key_bias: Tensor | None = No
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("attention_map", q, k, key_bias)
+    check_inputs("attention_map", q, k, key_bias)
     (b, n, width), m = q.shape, k.shape[1]
     rows, [(keys, one_pass)], options = _blocks(n, width // heads, heads, q.element_size(), m)
     out = q.new_empty((b, n, m), dtype=torch.float32)
@@ -176,8 +177,9 @@ def attention_maps(
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("attention_maps", q_self, k_self, q_cross, k_cross, key_bias)
+    check_inputs("attention_maps", q_self, k_self, q_cross, k_cross, key_bias)
     (b, n, width), t = q_self.shape, k_cross.shape[1]
     rows, columns, options = _blocks(n, width // heads, heads, q_self.element_size(), n, t)
     (keys, one_pass), (keys_t, one_pass_t) = columns
@@ -199,8 +201,9 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("attention_apply", q, k, columns)
+    check_inputs("attention_apply", q, k, columns)
     (b, n, width), (_, m, t) = q.shape, columns.shape
     out = q.new_empty((b, n, t), dtype=torch.float32)
     block_t = min(128, max(16, triton.next_power_of_2(t)))

@@ -1,6 +1,6 @@
 """The 3 x 3 blur, joined with what precedes it, as a small matrix along one axis.
 
-Blur, bilinear upsampling and spreading are separable and linear: along an axis each is a banded
+Blur and bilinear upsampling are separable and linear: along an axis they are together a banded
 matrix of at most three coarse pixels a row, made in registers from the indices, and a map goes
 through both axes as ``vertical @ map @ horizontal.T``, every input read once.
 """
@@ -31,15 +31,4 @@ def _blurred_upsampling(fine, coarse, size, FACTOR: tl.constexpr):
         position = tl.minimum(tl.maximum(position, 0.0), last)
         share = 1.0 - tl.abs(position[:, None] - coarse[None, :])
         weight += (CENTRE if step == 0 else SIDE) * tl.maximum(share, 0.0)
-    return weight
-
-
-@triton.jit
-def _blurred_spread(fine, patch, size, FACTOR: tl.constexpr):
-    """blur(spread(.)) along one axis: (fine, patch) float32."""
-    weight = tl.full((fine.shape[0], patch.shape[0]), 0.0, tl.float32)
-    for step in tl.static_range(-1, 2):
-        owner = _reflect(fine + step, size) // FACTOR
-        share = (owner[:, None] == patch[None, :]).to(tl.float32)
-        weight += (CENTRE if step == 0 else SIDE) * share
     return weight

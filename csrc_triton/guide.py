@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.blur import CENTRE, SIDE, _reflect
-from csrc_triton.launch import on_device_of, refuse_gradients
+from csrc_triton.launch import check_inputs, on_device_of
 
 SHAPES = (  # c, latent side, t, factor of the usual sizes
     (4, 64, 77, 4), (4, 128, 77, 4),  # SD 1.5 at 512, and at 1024 like SDXL
@@ -174,8 +174,9 @@ def region_sums(
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("region_sums", eps_uncond, eps_text)
+    check_inputs("region_sums", eps_uncond, eps_text)
     b, c, height, width = eps_text.shape
     h, w = labels.shape[1:]
     parts = partials(height * width)
@@ -209,8 +210,9 @@ def guide(
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("guide", eps_uncond, eps_text, sums, guidance_scale, token_weights)
+    check_inputs("guide", eps_uncond, eps_text, sums, guidance_scale, token_weights)
     b, c, height, width = eps_text.shape
     h, w = labels.shape[1:]
     parts, tokens = sums.shape[1], sums.shape[2] - 1

@@ -1,23 +1,30 @@
-"""What every launch shares: no gradient is dropped silently, and the inputs' device is current."""
+"""What every launch shares: no gradient and no precision is lost, and the device is current."""
 
 import torch
 from torch import Tensor
 
 
-def refuse_gradients(operation: str, *inputs: Tensor | None) -> None:
-    """Refuse inputs whose gradient a kernel, having no backward pass, would drop.
+def check_inputs(operation: str, *inputs: Tensor | None) -> None:
+    """Refuse inputs whose gradient or precision a kernel would drop.
 
     Args:
         operation: Name of the launcher, for the message.
         inputs: Its floating point inputs; None for one left out.
 
     Raises:
-        RuntimeError: Gradients are enabled and an input requires one.
+        RuntimeError: Gradients are enabled and an input requires one; there is no backward pass.
+        TypeError: An input is float64: kernels accumulate in float32.
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    given = [x for x in inputs if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise RuntimeError(
             f"csrc_triton.{operation} has no backward pass and an input requires grad: call it "
             f"under torch.no_grad(), or use scfg.reference.{operation}, which is differentiable"
+        )
+    if any(x.dtype == torch.float64 for x in given):
+        raise TypeError(
+            f"csrc_triton.{operation} accumulates in float32 and got a float64 input: use "
+            f"scfg.reference.{operation}, backend='torch'"
         )
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import on_device_of, refuse_gradients
+from csrc_triton.launch import check_inputs, on_device_of
 from csrc_triton.scores import _dot
 
 # Up to this many pixels one program takes a block of columns through all powers. It reads S at the
@@ -235,8 +235,9 @@ def propagate(
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("propagate", self_map, columns)
+    check_inputs("propagate", self_map, columns)
     powers, gain, scale = _schedule(propagation, steps)
     if powers == 0 or columns.shape[1] <= SMALL_N:
         return _small(self_map, columns, None, None, powers, gain, scale)
@@ -258,8 +259,9 @@ def complete(
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("complete", self_map, cross_map, weights, total)
+    check_inputs("complete", self_map, cross_map, weights, total)
     powers, gain, scale = _schedule(propagation, steps)
     b, n, t = cross_map.shape
     if powers == 0 or n <= SMALL_N:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.blur import _blurred_upsampling
-from csrc_triton.launch import on_device_of, refuse_gradients
+from csrc_triton.launch import check_inputs, on_device_of
 
 SHAPES = (  # h, w, t, factors of the usual sizes
     (16, 16, 77, (1, 2)), (32, 32, 77, (1, 2)),  # SD 1.5 at 512 and 1024
@@ -116,8 +116,9 @@ def segment(
 
     Raises:
         RuntimeError: An input requires grad.
+        TypeError: An input is float64.
     """
-    refuse_gradients("segment", *tokens, *start)
+    check_inputs("segment", *tokens, *start)
     b, _, columns = tokens[0].shape
     labels = tokens[0].new_empty((b, h, w), dtype=torch.int64)
     foreground = tokens[0].new_empty((b, h, w), dtype=torch.bool)

@@ -6,7 +6,7 @@ definition, plus ``backend``:
 - ``"auto"``: a `torch.library` custom op, ``torch.ops.scfg.<name>``: the reference on a CPU, Triton
   on CUDA when triton is installed (else the reference). Opaque to and usable under torch.compile.
 - ``"torch"``: the reference itself, on any device; the only differentiable choice.
-- ``"triton"``: Triton or an error.
+- ``"triton"``: Triton or an error. Kernels take float16, bfloat16 and float32.
 
 On a CPU tensors are checked for NaN and infinity; on other devices that would wait for the device,
 so there a NaN stays in the image it came from.

@@ -8,6 +8,7 @@ import torch
 
 from scfg.evaluate.draw import METHODS, Point
 from scfg.evaluate.plan import full_points, reduced_points
+from scfg.evaluate.report import _sign
 from scfg.evaluate.tradeoff import (
     AGREEMENTS,
     interpolate,
@@ -93,6 +94,17 @@ def test_interpolation_errors_are_those_of_the_curvature():
     assert interpolation_errors(curve(), "alignment") == pytest.approx([0, 0], abs=1e-6)
     bent = interpolation_errors(curve(lambda s: math.log2(s) ** 2), "alignment")
     assert bent == pytest.approx([1, 1], abs=1e-5)  # (0 + 4) / 2 - 1, (1 + 9) / 2 - 4
+
+
+def test_better_is_beyond_interval_and_interpolation_together():
+    row = dict(kid_difference=-0.3, kid_difference_interval=0.1, kid_interpolation=0.1)
+    assert _sign(row, "kid") == 1 and _sign(row | {"kid_difference": 0.3}, "kid") == -1
+    assert _sign(row | {"kid_interpolation": 0.21}, "kid") == 0
+    assert _sign(row | {"kid_difference": None}, "kid") == 0
+    bent = curve(lambda s: math.log2(s) ** 2)
+    row = matched_rows([*bent, measured("scfg", 2.0, math.sqrt(8), 2.25)])[0]
+    assert row["alignment_difference"] == pytest.approx(-0.25, abs=1e-5)  # all interpolation's
+    assert row["alignment_interpolation"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_mean_scale_is_measured_not_named():

@@ -81,6 +81,15 @@ def test_triton_that_cannot_run_raises(monkeypatch):
         ops.propagate(*args, backend="triton")
 
 
+@pytest.mark.parametrize("name", arguments())
+def test_kernels_refuse_what_they_would_round(name):
+    wide = list(arguments(torch.float64)[name])
+    if name == "segment":
+        wide[:2] = [[level.double() for level in levels] for levels in wide[:2]]
+    with pytest.raises(TypeError, match=f"{name} accumulates in float32 and got a float64"):
+        getattr(ops, name)(*wide, backend="triton")
+
+
 def test_autocast_does_not_reach_the_operations():
     args = arguments()["propagate"]
     expected = ops.propagate(*args)

@@ -38,12 +38,13 @@ def maps(b, n, t, dtype=torch.float32):
 
 
 def weights(n):
-    return reference.spatial_weights(n // 5, 5, 1).to(DEVICE) if n % 5 == 0 else uneven(n)
+    """Float32, as those of the library."""
+    return (reference.spatial_weights(n // 5, 5, 1) if n % 5 == 0 else uneven(n)).float().to(DEVICE)
 
 
 def uneven(n):
     x = torch.arange(1.0, n + 1, dtype=torch.float64)
-    return (x / x.sum()).to(DEVICE)
+    return x / x.sum()
 
 
 def tuple_of(x):

@@ -18,8 +18,6 @@ from scfg.evaluate.regions import LEVELS, find, probe
 from scfg.evaluate.tradeoff import (
     COMPARED,
     Measured,
-    curves,
-    interpolation_errors,
     matched_rows,
     measure_point,
     point_rows,
@@ -73,7 +71,7 @@ def write_report(plan: Plan, folder: Path, model: ShapesModel, command: str) -> 
         "reference": str(plan.reference),
         "scenes": str(plan.scenes),
         "verdicts": _verdicts(rows["matched"]),
-        "interpolation": _interpolation(points),
+        "interpolation": _interpolation(rows["matched"]),
         "matched_table": _matched_table(rows["matched"]),
         "best_table": _best_table(points),
         "points_table": _points_table(rows["tradeoff"]),
@@ -99,9 +97,11 @@ def _number(row: dict, name: str, digits: int = 3) -> str:
 
 
 def _sign(row: dict, name: str) -> int:
-    """1 better than CFG, -1 worse, 0 not told apart, by a difference and its interval."""
-    value, interval = row[f"{name}_difference"], row[f"{name}_difference_interval"]
-    if value is None or abs(value) <= interval:
+    """1 better than CFG, -1 worse, 0 not told apart: within interval and interpolation together."""
+    value = row[f"{name}_difference"]
+    if value is None:
+        return 0
+    if abs(value) <= row[f"{name}_difference_interval"] + row[f"{name}_interpolation"]:
         return 0
     return 1 if (value < 0) == (name == "kid") else -1
 
@@ -135,12 +135,9 @@ def _verdicts(rows: Sequence[dict]) -> str:
     return "".join(items)
 
 
-def _interpolation(points: Sequence[Measured]) -> str:
-    worst = {name: 0.0 for name in ("alignment", "kid")}
-    for curve in curves(points).values():
-        for name in worst:
-            worst[name] = max([worst[name], *interpolation_errors(curve, name)])
-    return f"{worst['alignment']:.3f} in alignment and {worst['kid']:.3f} in KID"
+def _interpolation(rows: Sequence[dict]) -> str:
+    worst = [max(row[f"{name}_interpolation"] for row in rows) for name in ("alignment", "kid")]
+    return "{:.3f} in alignment and {:.3f} in KID".format(*worst)
 
 
 def _best_table(points: Sequence[Measured]) -> str:

@@ -94,8 +94,8 @@ def matched(
 def interpolation_errors(curve: Sequence[Measured], name: str) -> list[float]:
     """How far each inner point of a curve is from what its neighbours say.
 
-    An upper bound, about fourfold where the curve is smooth, of what interpolation adds to
-    differences: the gap is twice as wide.
+    About four times what interpolation adds to differences, where the curve is smooth: the gap is
+    twice as wide.
     """
     curve = sorted(curve, key=lambda measured: measured.scale)
     errors = []
@@ -138,7 +138,11 @@ def point_rows(points: Sequence[Measured], samples: int) -> list[dict]:
 
 
 def matched_rows(points: Sequence[Measured]) -> list[dict]:
-    """A table of the differences to CFG at a matched scale; empty cells outside its curve."""
+    """A table of the differences to CFG at a matched scale; empty cells outside its curve.
+
+    Beside each difference stand the half width of its interval at 95 % and what interpolating CFG's
+    curve may add, a quarter of the largest of `interpolation_errors`.
+    """
     plain = curves(points)
     others = [measured for measured in points if measured.point.method != "cfg"]
     rows = []
@@ -159,5 +163,6 @@ def matched_rows(points: Sequence[Measured]) -> list[dict]:
             row[f"cfg_{name}"] = both and both[0].value
             row[f"{name}_difference"] = both and both[1].value
             row[f"{name}_difference_interval"] = both and both[1].interval
+            row[f"{name}_interpolation"] = max(interpolation_errors(curve, name), default=0.0) / 4
         rows.append(row)
     return rows
