@@ -30,10 +30,8 @@ from benchmarks.methods import (
     weight_bytes,
 )
 
-# Random weights attend almost evenly, so some patches are ties that rounding decides, and a patch
-# that changes its region changes that region's rate: 0.033 was seen in float32. That methods agree
-# to 1e-4 where nothing is a tie is what the golden files test.
-TOLERANCE = 0.1
+# Of results that are the same method's; a patch that rounding gives to another token changes rates.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02}
 
 
 def first_line(error):
@@ -84,7 +82,7 @@ def compare(steps, results, failures):
             continue
         distance = ((results[key].double() - expected).norm() / expected.norm()).item()
         distances[key] = float(f"{distance:.2g}")
-        if not distance <= TOLERANCE:
+        if not distance <= TOLERANCE[results[key].dtype]:
             failures[key] = f"is {distance:.3f} from scfg torch: not the same method"
             del steps[key]
     return distances
