@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager; on a GPU all")
     parser.add_argument("--skip", nargs="*", default=[], help="methods left out, as printed")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the width, 2 rounds")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the width, 5 rounds")
     parser.add_argument("--out", help="append rows to this JSON file, e.g. in benchmarks/results")
     parser.add_argument("--commit", help="of a copy of the tree without its history")
     options = parser.parse_args()
@@ -189,7 +189,7 @@ def main():
     modes = options.modes or (MODES if device == "cuda" else ("eager",))
     if device == "cpu" and "graphed" in modes:
         parser.error("--modes graphed needs a CUDA device")
-    width, rounds = (0.2, 2) if options.quick else (1.0, options.rounds)
+    width, rounds = (0.2, 5) if options.quick else (1.0, options.rounds)
     rows = []
     for pixels in options.sizes:
         for batch in options.batch:
