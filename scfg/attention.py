@@ -39,13 +39,19 @@ class _Attention:
     x: Tensor | None = None
     context: Tensor | None = None
     key_bias: Tensor | None = None
+    wanted: bool | None = None  # at a chosen resolution; None: not called yet
     bare: bool = False  # its projections were called, it was not
     runs: int = 0
 
     def clear(self) -> None:
         self.seen.clear()
         self.bare = False
-        self.x = self.context = self.key_bias = None
+        self.x = self.context = self.key_bias = self.wanted = None
+
+    def begin(self, x: Tensor, wanted: bool) -> None:
+        """It runs on x, which is kept only if wanted: elsewhere it would raise the peak memory."""
+        self.runs += 1
+        self.wanted, self.x = wanted, x if wanted else None
 
     @property
     def keys(self) -> Tensor:
@@ -62,6 +68,11 @@ class _Attention:
         if norm is not None:
             y = norm(y.unflatten(-1, (self.module.heads, -1))).flatten(-2)
         return y
+
+
+def _pixels(x: Tensor) -> int:
+    """Pixels of what goes into an attention module, (b, n, c) or (b, c, h, w)."""
+    return x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1]
 
 
 def _additive(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -113,12 +124,13 @@ class AttentionRecorder:
             if not self.active:
                 return
             attention.clear()
-            attention.runs += 1
             x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+            attention.begin(x, self._reduction(x) is not None)
+            if not attention.wanted:
+                return
             context = args[1] if len(args) > 1 else None
             for name in ("encoder_hidden_states", "context"):
                 context = kwargs.get(name, context)
-            attention.x = x
             context = context[0] if isinstance(context, (tuple, list)) else context
             attention.context = None if context is x else context
             attention.key_bias = _additive(kwargs.get("attention_mask", kwargs.get("mask")), x)
@@ -127,11 +139,13 @@ class AttentionRecorder:
             def after(module, args, output):
                 if not self.active:
                     return
+                if name == "to_q" and attention.wanted is None:
+                    attention.begin(args[0], self._reduction(args[0]) is not None)
+                    attention.bare = True
+                if not attention.wanted:
+                    return
                 attention.seen[name] = output
-                if name == "to_q" and attention.x is None:
-                    attention.x, attention.bare = args[0], True
-                    attention.runs += 1
-                elif name == "to_k" and attention.bare and args[0] is not attention.x:
+                if name == "to_k" and attention.bare and args[0] is not attention.x:
                     attention.context = args[0]
 
             return after
@@ -154,15 +168,16 @@ class AttentionRecorder:
 
         return after
 
+    def _reduction(self, x: Tensor) -> int | None:
+        """The chosen resolution that an attention module's input is at, or None."""
+        return find_reduction(self._evidence.size, _pixels(x), self.config.reductions)
+
     def _record(self, name: str, block: list[_Attention]) -> None:
         """Fold a block that has just run, if it is at a chosen resolution."""
-        x, evidence = block[-1].x, self._evidence
-        if x is None:  # did not run: `finish` says so
+        evidence = self._evidence
+        if not block[-1].wanted or block[-1].context is None:  # `finish` counts what did not run
             return
-        n = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1]
-        reduction = find_reduction(evidence.size, n, self.config.reductions)
-        if reduction is None or block[-1].context is None:
-            return
+        reduction = self._reduction(block[-1].x)
         evidence.order.append((reduction, name))
         if name in self._unused:
             return

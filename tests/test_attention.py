@@ -1,5 +1,7 @@
 """Recording changes nothing, sees the right maps, grows with nothing, and leaves no trace."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import assert_close
@@ -7,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 import scfg
 from scfg import attention, evidence
+from scfg.blocks import find_blocks
 from scfg.unet import UNet, UNetConfig
 
 COMMON = {"norm_num_groups": 8, "layers_per_block": 1, "cross_attention_dim": 24}
@@ -308,6 +311,32 @@ def test_what_is_kept_does_not_grow_with_layers(monkeypatch):
         assert not any(a.seen or a.x is not None for a in unet._recorder._attentions)
         assert len(call.order) == 6 * depth + 1
     assert kept[1] == kept[4]
+
+
+def test_nothing_is_kept_of_layers_at_other_resolutions():
+    net, args, _ = build("own")
+    sizes = set()
+
+    def feed_forward(block, queries):
+        def before(module, inputs):
+            (x,) = inputs
+            kept = [query for query in queries if query() is not None]
+            assert len(kept) == (0 if x.shape[1] == 18 * 26 else 2)
+            sizes.add(x.shape[1])
+
+        return block.ff.register_forward_pre_hook(before)
+
+    with scfg.UNetWrapper(net, ALL_LEVELS) as unet:
+        for _, (own_attention, text_attention) in find_blocks(net):
+            block = next(m for m in net.modules() if getattr(m, "attn1", None) is own_attention)
+            queries = []
+            for module in (own_attention, text_attention):
+                module.to_q.register_forward_hook(
+                    lambda m, a, output, kept=queries: kept.append(weakref.ref(output))
+                )
+            feed_forward(block, queries)
+        unet(*args)
+    assert sizes == {18 * 26, 9 * 13, 5 * 7}
 
 
 @pytest.mark.parametrize("propagation", ["paper", "official", "none"])
