@@ -110,44 +110,20 @@ def generate(
             argument is out of range, or a sampler that draws noise on its way is given several
             images, whose noise would then depend on each other.
     """
-    if not prompts or len(prompts) != len(seeds):
-        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {len(prompts)}")
-    for name, value, allowed in (("method", method, METHODS), ("sampler", sampler, SAMPLERS)):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    check_request(prompts, seeds, method=(method, METHODS), sampler=(sampler, SAMPLERS))
     if sampler == "euler_ancestral" and len(prompts) > 1:
         raise ValueError(f"sampler {sampler!r} draws one image at a time, got {len(prompts)}")
 
-    b = len(prompts)
-    context = torch.cat([model.encode([""] * b), model.encode(prompts)])  # (2b, t, d)
+    context = torch.cat([model.encode([""] * len(prompts)), model.encode(prompts)])  # (2b, t, d)
     rule = Steps(config, backend, None, start, stop, every)
     weights = None if token_weights is None else _weights(model, prompts, token_weights)
-    looks = method == "scfg" or trace
-    recorder = AttentionRecorder(model.unet, config, backend) if looks else None
-    guided: list[Guided] = []  # of the latest step on which attention was looked at
+    guidance = (guidance_scale, rule, weights)
+    predict = _Predictor(model, context, steps, *guidance, acts=method == "scfg", looks=trace)
     history: list[Step] = []
-    numbers = iter(range(steps))
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        i = next(numbers)
-        acts = rule.acts(i, steps)
-        looks = recorder is not None and (acts or trace)
-        finds = looks and rule.finds(i, steps)
-        both = torch.cat([x, x])
-        if finds:
-            recorder.start(both)
-        eps_uncond, eps_text = model.unet(both, torch.cat([t, t]), context).chunk(2)
-        if looks:
-            evidence = recorder.finish() if finds else None
-            branches = (evidence.rows(0, b), evidence.rows(b, 2 * b)) if finds else None
-            guided[:] = [rule.guide(eps_uncond, eps_text, branches, guidance_scale, weights)]
-        if method == "scfg" and acts:
-            return guided[0].eps
-        return cfg(eps_uncond, eps_text, guidance_scale)
 
     def after(i: int, t: int, x: Tensor, eps: Tensor) -> None:
         if trace:
-            history.append(_step(model, t, x, eps, guided[0]))
+            history.append(_step(model, t, x, eps, predict.guided))
         if callback is not None:
             callback()
 
@@ -158,11 +134,82 @@ def generate(
     try:
         latents = getattr(sampling, sampler)(predict, noise, model.schedule, steps, **options)
     finally:
-        if recorder is not None:
-            recorder.remove()
+        predict.remove()
     words = tuple(_words(model, prompt) for prompt in prompts)
     images = model.decode(latents).cpu()
     return Generated(method, tuple(prompts), tuple(seeds), words, images, tuple(history))
+
+
+def check_request(
+    prompts: Sequence[str], seeds: Sequence[int], **choices: tuple[object, Sequence]
+) -> None:
+    """Check what every way to generate is asked for.
+
+    Args:
+        prompts: b prompts.
+        seeds: b seeds.
+        choices: By name of the argument, what was chosen and what can be.
+
+    Raises:
+        ValueError: There is no prompt, or not one seed for each, or a choice is none of the known.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {len(prompts)}")
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
+
+
+class _Predictor:
+    """Guided predictions of one drawing: S-CFG where it acts, else plain CFG.
+
+    Attributes:
+        guided: S-CFG of the last step on which it acted or, with looks, of the last step.
+    """
+
+    def __init__(
+        self,
+        model: ShapesModel,
+        context: Tensor,
+        steps: int,
+        guidance_scale: float,
+        rule: Steps,
+        weights: Tensor | None,
+        acts: bool,
+        looks: bool,
+    ):
+        self.model, self.context, self.steps = model, context, steps
+        self.guidance_scale, self.rule, self.weights = guidance_scale, rule, weights
+        self.acts, self.looks = acts, looks
+        self.guided: Guided | None = None
+        self._numbers = iter(range(steps))
+        self._recorder = None
+        if acts or looks:
+            self._recorder = AttentionRecorder(model.unet, rule.config, rule.backend)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction eps (b, c, H, W) for a latent x at timesteps t (b,)."""
+        i = next(self._numbers)
+        acts = self.acts and self.rule.acts(i, self.steps)
+        looks = acts or self.looks
+        finds = looks and self.rule.finds(i, self.steps)
+        both = torch.cat([x, x])
+        if finds:
+            self._recorder.start(both)
+        eps_uncond, eps_text = self.model.unet(both, torch.cat([t, t]), self.context).chunk(2)
+        if looks:
+            branches = None
+            if finds:
+                evidence, b = self._recorder.finish(), len(x)
+                branches = evidence.rows(0, b), evidence.rows(b, 2 * b)
+            settings = (branches, self.guidance_scale, self.weights)
+            self.guided = self.rule.guide(eps_uncond, eps_text, *settings)
+        return self.guided.eps if acts else cfg(eps_uncond, eps_text, self.guidance_scale)
+
+    def remove(self) -> None:
+        """Leave the model as it was found."""
+        if self._recorder is not None:
+            self._recorder.remove()
 
 
 def _step(model: ShapesModel, t: int, x: Tensor, eps: Tensor, guided: Guided) -> Step:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scfg.adapters.diffusers import attach
 from scfg.config import SCFGConfig
-from scfg.generate import METHODS, Generated, Step
+from scfg.generate import METHODS, Generated, Step, check_request
 from scfg.guidance import Guided
 
 SAMPLERS = {
@@ -71,13 +71,10 @@ def generate(
     Raises:
         ValueError: An argument is out of range.
     """
-    if not prompts or len(prompts) != len(seeds):
-        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {len(prompts)}")
+    choices = dict(method=(method, METHODS), sampler=(sampler, (*SAMPLERS, None)))
+    check_request(prompts, seeds, **choices)
     if not guidance_scale > 1:
         raise ValueError(f"guidance_scale must be > 1, got {guidance_scale}")
-    for name, value, allowed in (("method", method, METHODS), ("sampler", sampler, SAMPLERS)):
-        if value not in allowed and not (name == "sampler" and value is None):
-            raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
     watch = _Trace(guidance_scale) if trace else None
     options = dict(config=config, backend=backend, token_weights=token_weights)
     options |= dict(start=start, stop=stop, every=every, observe=method == "cfg")
