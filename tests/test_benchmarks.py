@@ -148,7 +148,8 @@ def test_percentiles_and_copies():
 def test_a_step_is_timed_beside_plain_cfg(tiny):
     rows = {row["method"]: row for row in step_rows()}
     assert list(rows) == ["cfg", "scfg torch", "released"]
-    assert rows["cfg"]["ratio"] == 1 and rows["cfg"]["extra_mib"] == 0
+    assert rows["cfg"]["ratio"] == rows["cfg"]["ratio_fastest"] == 1
+    assert rows["cfg"]["extra_mib"] == 0 and rows["released"]["ratio_fastest"] > 0
     assert all(row["ratio_least"] <= row["ratio"] <= row["ratio_most"] for row in rows.values())
     assert rows["released"]["distance"] < 1e-3
     bench_step.show(list(rows.values()))
@@ -272,14 +273,16 @@ def test_the_table_states_every_point_with_its_machine():
     rows = [
         STEP | {"method": "cfg", "seconds": 12.345, "ratio": 1.0, "extra_mib": 0.0},
         STEP | {"method": "scfg torch", "seconds": 99.0, "ratio": 8.0, "extra_mib": 1.0},
-        STEP | {"method": "scfg torch", "seconds": 12.4, "ratio": 1.0044, "extra_mib": 3.4},
+        STEP
+        | {"method": "scfg torch", "seconds": 12.4, "ratio": 1.0044, "extra_mib": 3.4}
+        | {"ratio_fastest": 0.9981},
         STEP | {"method": "released", "failed": "needs about 34 GiB", "pixels": 1024},
         STEP | {"method": "cfg", "seconds": 0.1, "ratio": 1.0, "width": 0.2},
     ]
     text = table.render(rows)
     assert "a CPU, 2 threads; torch 2.9; 2026-01-02; commit abc" in text
-    assert "| scfg torch | 12.4 | 1.004 | +3 |" in text and "99" not in text
-    assert "| needs about 34 GiB |  |  |" in text and "| 0.1 |" not in text
+    assert "| scfg torch | 12.4 | 1.004 | 0.998 | +3 |" in text and "99" not in text
+    assert "| needs about 34 GiB |  |  |  |" in text and "| 0.1 |" not in text
     assert text.endswith(table.NO_GPU) and table.render([]) == table.NOTHING
 
 
