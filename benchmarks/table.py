@@ -95,7 +95,8 @@ def _steps(rows):
     head = ["model", "pixels", "images", "mode", "method", "seconds", "times plain", "fastest"]
     head.append("MiB more")
     lines = []
-    for row in _latest(rows, ("model", "pixels", "batch", "dtype", "mode", "method")):
+    rows = _latest(rows, ("model", "pixels", "batch", "dtype", "mode", "method"))
+    for row in rows:
         start = [row["model"], str(row["pixels"]), str(row["batch"])]
         start += [f"{row['mode']} {row['dtype']}", row["method"]]
         if "failed" in row:
@@ -116,7 +117,8 @@ def _steps(rows):
 def _kernels(rows):
     head = ["op", "model", "images", "backend", "µs", "GB/s", "of copy", "bytes µs", "work µs"]
     lines = []
-    for row in _latest(rows, ("op", "shape", "batch", "dtype", "backend")):
+    rows = _latest(rows, ("op", "shape", "batch", "dtype", "backend"))
+    for row in rows:
         start = [row["op"], row["shape"], str(row["batch"]), f"{row['backend']} {row['dtype']}"]
         if "failed" in row:
             lines.append([*start, row["failed"], "", "", "", ""])

@@ -195,13 +195,9 @@ class AttentionRecorder:
             cross_map = torch.zeros_like(cross_map).scatter_add(-1, index, cross_map)
         columns = cross_map
         if self_map is None:
-            own = block[0]
-            q, k, heads = (
-                own.project("to_q", own.x),
-                own.project("to_k", own.keys),
-                own.module.heads,
-            )
-            columns = propagate_unformed(q, k, cross_map, heads, self.config, self.backend)
+            own, settings = block[0], (self.config, self.backend)
+            q, k = own.project("to_q", own.x), own.project("to_k", own.keys)
+            columns = propagate_unformed(q, k, cross_map, own.module.heads, *settings)
         weights = self._weights[reduction]
         fold(evidence, reduction, self_map, columns, weights, self.config, self.backend)
         grid = map_grid(evidence.size, reduction)
@@ -231,11 +227,8 @@ class AttentionRecorder:
             x = module.group_norm(x.mT).mT
         if getattr(module, "norm_cross", None):
             text = module.norm_encoder_hidden_states(text)
-        q, k, k_text = (
-            both.project("to_q", x),
-            both.project("to_k", x),
-            both.project("add_k_proj", text),
-        )
+        q, k = both.project("to_q", x), both.project("to_k", x)
+        k_text = both.project("add_k_proj", text)
         t, n = k_text.shape[1], k.shape[1]
         bias = both.key_bias
         if bias is not None and bias.shape[1] == t:
