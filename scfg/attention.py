@@ -39,19 +39,21 @@ class _Attention:
     x: Tensor | None = None
     context: Tensor | None = None
     key_bias: Tensor | None = None
-    wanted: bool | None = None  # at a chosen resolution; None: not called yet
+    called: bool = False
+    reduction: int | None = None  # the chosen resolution that it runs at, if any
     bare: bool = False  # its projections were called, it was not
     runs: int = 0
 
     def clear(self) -> None:
         self.seen.clear()
-        self.bare = False
-        self.x = self.context = self.key_bias = self.wanted = None
+        self.called = self.bare = False
+        self.x = self.context = self.key_bias = self.reduction = None
 
-    def begin(self, x: Tensor, wanted: bool) -> None:
-        """It runs on x, which is kept only if wanted: elsewhere it would raise the peak memory."""
+    def begin(self, x: Tensor, reduction: int | None) -> None:
+        """It runs on x, which is kept at a chosen resolution only: memory peaks at others."""
         self.runs += 1
-        self.wanted, self.x = wanted, x if wanted else None
+        self.called, self.reduction = True, reduction
+        self.x = None if reduction is None else x
 
     @property
     def keys(self) -> Tensor:
@@ -68,11 +70,6 @@ class _Attention:
         if norm is not None:
             y = norm(y.unflatten(-1, (self.module.heads, -1))).flatten(-2)
         return y
-
-
-def _pixels(x: Tensor) -> int:
-    """Pixels of what goes into an attention module, (b, n, c) or (b, c, h, w)."""
-    return x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1]
 
 
 def _additive(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -125,8 +122,8 @@ class AttentionRecorder:
                 return
             attention.clear()
             x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-            attention.begin(x, self._reduction(x) is not None)
-            if not attention.wanted:
+            attention.begin(x, self._reduction(x))
+            if attention.reduction is None:
                 return
             context = args[1] if len(args) > 1 else None
             for name in ("encoder_hidden_states", "context"):
@@ -139,10 +136,10 @@ class AttentionRecorder:
             def after(module, args, output):
                 if not self.active:
                     return
-                if name == "to_q" and attention.wanted is None:
-                    attention.begin(args[0], self._reduction(args[0]) is not None)
+                if name == "to_q" and not attention.called:
+                    attention.begin(args[0], self._reduction(args[0]))
                     attention.bare = True
-                if not attention.wanted:
+                if attention.reduction is None:
                     return
                 attention.seen[name] = output
                 if name == "to_k" and attention.bare and args[0] is not attention.x:
@@ -170,14 +167,14 @@ class AttentionRecorder:
 
     def _reduction(self, x: Tensor) -> int | None:
         """The chosen resolution that an attention module's input is at, or None."""
-        return find_reduction(self._evidence.size, _pixels(x), self.config.reductions)
+        n = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1]  # (b, c, h, w) or (b, n, c)
+        return find_reduction(self._evidence.size, n, self.config.reductions)
 
     def _record(self, name: str, block: list[_Attention]) -> None:
         """Fold a block that has just run, if it is at a chosen resolution."""
-        evidence = self._evidence
-        if not block[-1].wanted or block[-1].context is None:  # `finish` counts what did not run
+        evidence, reduction = self._evidence, block[-1].reduction
+        if reduction is None or block[-1].context is None:  # `finish` counts what did not run
             return
-        reduction = self._reduction(block[-1].x)
         evidence.order.append((reduction, name))
         if name in self._unused:
             return

@@ -136,7 +136,8 @@ def _verdicts(rows: Sequence[dict]) -> str:
 
 
 def _interpolation(rows: Sequence[dict]) -> str:
-    worst = [max(row[f"{name}_interpolation"] for row in rows) for name in ("alignment", "kid")]
+    names = ("alignment", "kid")
+    worst = [max((row[f"{name}_interpolation"] for row in rows), default=0.0) for name in names]
     return "{:.3f} in alignment and {:.3f} in KID".format(*worst)
 
 
