@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_step [--quick] [--model sdxl] [--sizes 512 1024] [--batch 1 4 16]
 
-The U-Net is `scfg.unet` at full width with random weights; plain CFG, with fused attention, is the
-floor. Methods take turns in one process, in an order that reverses every round; a ratio is the
-median over rounds of time / time of plain CFG in the same round and mode; beside it stands that of
-the fastest step of each, which other work on the machine disturbs least. Peak memory is that of a
-step above what was there before: of the process (VmHWM, reset before each step) on a CPU, of the
+The U-Net is `scfg.models.unet` at full width with random weights; plain CFG, with fused attention,
+is the floor. Methods take turns in one process, in an order that reverses every round; a ratio is
+the median over rounds of time / time of plain CFG in the same round and mode; beside it stands that
+of the fastest step of each, which other work on the machine disturbs least. Peak memory is that of
+a step above what was there before: of the process (VmHWM, reset before each step) on a CPU, of the
 allocator on a GPU. On a GPU everything but "eager" is replayed as a CUDA graph. What does not fit
 is a row that says so: on a CPU it is not tried, as running out of memory kills the process.
 """

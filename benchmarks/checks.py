@@ -16,9 +16,9 @@ import scfg
 from benchmarks import accuracy, cases, methods
 from benchmarks.clock import capture, clone, tensors
 from scfg import reference
-from scfg.blocks import find_blocks
 from scfg.evidence import find_reduction
-from scfg.unet import SD15, UNet, UNetConfig
+from scfg.models.unet import SD15, UNet, UNetConfig
+from scfg.recording.hooks import find_blocks
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 PAPER = scfg.SCFGConfig()

@@ -7,10 +7,14 @@ One convention: ``eps_uncond + guidance_scale * rate * (eps_text - eps_uncond)``
 order (uncond, text); guidance_scale 1 is the text prediction, rate 1 everywhere is plain CFG.
 """
 
+import sys
+
 from scfg import sampling
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg, semantic_cfg
-from scfg.wrapper import UNetWrapper, guided
+from scfg.models import unet
+from scfg.recording import UNetWrapper, guided
 
 __version__ = "0.1.0"
 __all__ = ["Guided", "SCFGConfig", "UNetWrapper", "cfg", "guided", "sampling", "semantic_cfg"]
+sys.modules["scfg.unet"] = unet  # as os.path is: `from scfg.unet import UNet` works

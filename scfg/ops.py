@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scfg import reference
-from scfg.library import contiguous, has_triton, interpreting, kernel
+from scfg.backends import contiguous, has_triton, interpreting, kernel
 
 BACKENDS = ("auto", "torch", "triton")
 

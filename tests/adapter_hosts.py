@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import scfg
-from scfg.attention import AttentionRecorder
+from scfg.recording.recorder import AttentionRecorder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")

@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close
 
 import scfg
-from scfg.attention import AttentionRecorder
+from scfg.recording.recorder import AttentionRecorder
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ import torch
 from scfg.evaluate.draw import Point
 from scfg.evaluate.run import one_of_all, share
 from scfg.evaluate.work import Plan
-from scfg.shapes.model import ModelConfig
-from scfg.unet import UNetConfig
+from scfg.models.embedded import ModelConfig
+from scfg.models.unet import UNetConfig
 
 UNET = UNetConfig(
     in_channels=48,

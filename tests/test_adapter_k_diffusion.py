@@ -13,7 +13,7 @@ from conftest import assert_close
 
 import scfg
 from scfg.adapters.k_diffusion import denoiser
-from scfg.attention import AttentionRecorder
+from scfg.recording.recorder import AttentionRecorder
 
 SPEC = importlib.util.find_spec("k_diffusion")
 if SPEC is None:

@@ -27,7 +27,7 @@ from benchmarks import (
     released,
     table,
 )
-from scfg.unet import SD15, UNet
+from scfg.models.unet import SD15, UNet
 
 ROOT = Path(__file__).parents[1]
 SHAPE = cases.Shape((4, 18, 26), ((4, 2, 2, 8), (8, 1, 2, 8)), tokens=5)

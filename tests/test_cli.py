@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from scfg import cli
-from scfg.generate import generate
-from scfg.panel import GAP, MARGIN, SIDE, panel
-from scfg.picture import CELL, NO_WORD, draw_regions, rate_range, viridis, word_colours
-from scfg.shapes.model import WEIGHTS, ModelConfig, assemble, networks
-from scfg.unet import UNetConfig
+from scfg import __main__ as cli
+from scfg.drawing.generate import generate
+from scfg.drawing.panel import GAP, MARGIN, SIDE, panel
+from scfg.drawing.picture import CELL, NO_WORD, draw_regions, rate_range, viridis, word_colours
+from scfg.models.embedded import WEIGHTS, ModelConfig, assemble, networks
+from scfg.models.unet import UNetConfig
 
 PROMPT = "a striped red circle on a green background"
 UNET = UNetConfig(48, 48, (16, 32), (1, 1), 1, (1, 2), 1, 24, norm_groups=8)

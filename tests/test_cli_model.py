@@ -4,7 +4,7 @@ import torch
 from adapter_hosts import sd
 from PIL import Image
 
-from scfg import cli
+from scfg import __main__ as cli
 from scfg.adapters import checkpoints
 from scfg.adapters.generate import generate
 
@@ -23,7 +23,8 @@ def test_the_checkpoint_draws_what_the_library_draws(tmp_path, monkeypatch):
     sd(tmp_path).save_pretrained(tmp_path / "model")
     drawn = []
     monkeypatch.setattr(
-        "scfg.panel.panel", lambda images, *_: drawn.append(images) or Image.new("L", (1, 1))
+        "scfg.drawing.panel.panel",
+        lambda images, *_: drawn.append(images) or Image.new("L", (1, 1)),
     )
     arguments = ["generate", "red blue", "--model", str(tmp_path / "model"), "--steps", "3"]
     assert cli.main([*arguments, "--out", str(tmp_path / "out.png"), "--quiet"]) == 0

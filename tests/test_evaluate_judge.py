@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from scfg.evaluate.judge import (
+from scfg.models.judge import (
     NOUNS,
     WEIGHTS,
     Judge,
@@ -21,8 +21,8 @@ from scfg.evaluate.judge import (
     region_colours,
     truth,
 )
-from scfg.evaluate.judge_training import spoil, train
-from scfg.shapes.scenes import COLOURS, TEXTURES, Region, Scene, render, sample_scenes
+from scfg.models.judge_training import spoil, train
+from scfg.models.shapes import COLOURS, TEXTURES, Region, Scene, render, sample_scenes
 
 ATTRIBUTES = ("colour", "shape", "texture", "place", "layout")
 SCENES = (

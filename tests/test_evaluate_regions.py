@@ -5,9 +5,9 @@ import pytest
 import torch
 from evaluate_worker import TINY
 
+from scfg.drawing.generate import generate
 from scfg.evaluate.draw import CONFIGS, METHODS, Point, draw, samg, scene, spread
 from scfg.evaluate.inconsistency import true_spread
-from scfg.evaluate.judge import patch_regions
 from scfg.evaluate.regions import (
     find,
     overlaps,
@@ -17,9 +17,9 @@ from scfg.evaluate.regions import (
     token_owners,
     variants,
 )
-from scfg.generate import generate
-from scfg.shapes.model import assemble, networks
-from scfg.shapes.scenes import caption, render, sample_scenes
+from scfg.models.embedded import assemble, networks
+from scfg.models.judge import patch_regions
+from scfg.models.shapes import caption, render, sample_scenes
 
 
 @pytest.fixture(scope="module")

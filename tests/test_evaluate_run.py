@@ -1,6 +1,5 @@
 """Sharing the work: any number of processes, cut off anywhere, gives the same bits."""
 
-import argparse
 import signal
 import subprocess
 import sys
@@ -11,11 +10,11 @@ import pytest
 import torch
 from evaluate_worker import PLAN, TINY
 
-from scfg import evaluate
+from scfg.__main__ import build_parser
 from scfg.evaluate import run
 from scfg.evaluate.draw import Point
 from scfg.evaluate.work import Plan, collect, prepare, units, work
-from scfg.shapes.model import networks, save_weights
+from scfg.models.embedded import networks, save_weights
 
 WORKER = Path(__file__).with_name("evaluate_worker.py")
 ROOT = Path(__file__).parents[1]
@@ -128,9 +127,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 
 def parse(*arguments):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return build_parser().parse_args(["evaluate", *arguments])
 
 
 def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, weights, monkeypatch):
@@ -139,7 +136,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, weights, mo
     plan = Plan(points, 4, 4, (200, 800), 140, 70, ("model", "judge"))
     monkeypatch.setattr(run, "make_plan", lambda *_, **__: plan)
     monkeypatch.setattr("scfg.evaluate.report.SAMPLES", 1)
-    written = evaluate.main(
+    written = run.run(
         parse("--report", str(tmp_path), "--weights", str(weights), "--reduced", "--quiet")
     )
     assert all(path.stat().st_size > 0 for path in written)
@@ -157,4 +154,4 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, weights, mo
 
 def test_too_few_samples_are_refused(tmp_path):
     with pytest.raises(ValueError, match="samples"):
-        evaluate.main(parse("--report", str(tmp_path), "--samples", "3"))
+        run.run(parse("--report", str(tmp_path), "--samples", "3"))

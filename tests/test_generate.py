@@ -5,10 +5,10 @@ import torch
 from conftest import assert_close
 
 from scfg import sampling
-from scfg.generate import SHAPES_CONFIG, generate
-from scfg.shapes.model import ModelConfig, assemble, networks
-from scfg.unet import UNetConfig
-from scfg.wrapper import guided
+from scfg.drawing.generate import SHAPES_CONFIG, generate
+from scfg.models.embedded import ModelConfig, assemble, networks
+from scfg.models.unet import UNetConfig
+from scfg.recording.wrapper import guided
 
 PROMPTS = ["a striped red circle on a green background", "a blue star on a red background"]
 UNET = UNetConfig(48, 48, (16, 32), (1, 1), 1, (1, 2), 1, 24, norm_groups=8)

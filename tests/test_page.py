@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scfg.generate import Generated, Step
-from scfg.page import page
+from scfg.drawing.generate import Generated, Step
+from scfg.drawing.page import page
 
 WORDS = (None, "red", '</script><b>"&', "red", None, None)  # one word twice, one that bites
 PROMPT = " ".join(filter(None, WORDS))

@@ -8,7 +8,7 @@ import torch
 from adapter_hosts import diffusers, sd, sdxl_parts
 
 import scfg
-from scfg.unet import UNet, UNetConfig
+from scfg.models.unet import UNet, UNetConfig
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)

@@ -1,7 +1,6 @@
 """Samplers against diffusers' schedulers, step by step, and against closed forms."""
 
 import math
-import sys
 from itertools import pairwise
 
 import pytest
@@ -14,7 +13,8 @@ from diffusers import (
 )
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from scfg.sampling import Schedule, ddim, dpmpp_2m, euler, euler_ancestral, linear, rescale
+from scfg.methods.rescale import rescale
+from scfg.sampling import Schedule, ddim, dpmpp_2m, euler, euler_ancestral
 from scfg.sampling import scaled_linear as sd_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -24,6 +24,10 @@ EACH = pytest.mark.parametrize("sampler", [ddim, euler, euler_ancestral, dpmpp_2
 RANDOM = pytest.mark.parametrize("sampler,options", [(ddim, {"eta": 0.7}), (euler_ancestral, {})])
 SPACINGS = ["trailing", "leading", "linspace"]
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+
+
+def linear(beta_start=0.0001, beta_end=0.02, train_steps=1000) -> Schedule:
+    return Schedule(torch.cumprod(1 - torch.linspace(beta_start, beta_end, train_steps), dim=0))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -218,20 +222,6 @@ def test_low_precision_rounds_only_what_the_predictor_sees(sampler, dtype):
 def test_samplers_keep_no_graph(sampler):
     weight = torch.ones((), requires_grad=True)
     assert not run(sampler, lambda x, t: weight * toy(x, t)).requires_grad
-
-
-def test_progress_is_off_unless_asked_for(capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    run(ddim)
-    assert capfd.readouterr() == ("", "")
-    with pytest.raises(RuntimeError, match="progress=True needs tqdm"):
-        run(ddim, progress=True)
-
-
-def test_progress_shows_a_bar_and_changes_nothing(capfd):
-    shown = run(ddim, progress=True)
-    assert "7/7" in capfd.readouterr().err
-    assert torch.equal(shown, run(ddim))
 
 
 NO_SCHEDULES = [[[0.9, 0.5]], [], [0.9, 0.9], [0.5, 0.9], [1.0, 0.5], [0.5, 0.0], [0.9, math.nan]]

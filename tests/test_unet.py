@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scfg.unet import SD15, SD21, SDXL, UNet, UNetConfig
+from scfg.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 

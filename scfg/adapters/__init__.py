@@ -2,6 +2,6 @@
 
 `scfg.adapters.diffusers`, `scfg.adapters.modular`, `scfg.adapters.k_diffusion`,
 `scfg.adapters.comfyui`, `scfg.adapters.checkpoints`. They share one recording
-(`scfg.attention`), one combination (`scfg.guidance`) and one reckoning of steps
-(`scfg.steps`); none of them keeps state outside the objects it returns.
+(`scfg.recording.recorder`), one combination (`scfg.guidance`) and one reckoning of steps
+(`scfg.recording.run`); none of them keeps state outside the objects it returns.
 """

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from scfg.adapters.around import around
-from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided
-from scfg.phrases import phrase_weights
-from scfg.steps import Steps
+from scfg.recording.phrases import phrase_weights
+from scfg.recording.recorder import AttentionRecorder
+from scfg.recording.run import Steps
 
 MARK = "_guided_by_scfg"  # attribute of a U-Net that is attached to
 
@@ -66,7 +66,7 @@ def attach(
         ValueError: The pipeline has no U-Net, or is attached to already; guidance_scale is missing
             or superfluous; start, stop or every is out of range; a phrase is not in a prompt.
         RuntimeError: From the pipeline's call: its batch is not [unconditional, text], or the
-            attention of the U-Net was not seen (see `scfg.attention.AttentionRecorder.finish`).
+            attention of the U-Net was not seen (see `AttentionRecorder.finish`).
     """
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, nn.Module):
@@ -128,7 +128,7 @@ class _Guide:
             if prompt is None:
                 raise ValueError(
                     "token_weights by phrase need the prompt, the call has only its embeddings; "
-                    "give a tensor of weights (see scfg.phrases.phrase_weights)"
+                    "give a tensor of weights (see scfg.recording.phrases.phrase_weights)"
                 )
             prompt = convert(prompt, pipe.tokenizer)
             self.table = phrase_weights(pipe.tokenizer, prompt, self.token_weights)

@@ -1,4 +1,4 @@
-"""Draw with a pipeline of diffusers as `scfg.generate` draws with the embedded model."""
+"""Draw with a pipeline of diffusers as `scfg.drawing.generate` draws with the embedded model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scfg.adapters.diffusers import attach
 from scfg.config import SCFGConfig
-from scfg.generate import METHODS, Generated, Step, check_request
+from scfg.drawing.generate import METHODS, Generated, Step, check_request
 from scfg.guidance import Guided
 
 SAMPLERS = {
@@ -42,13 +42,13 @@ def generate(
     stop: float = 1.0,
     every: int = 1,
 ) -> Generated:
-    """Draw one image per prompt, all in one batch: `scfg.generate.generate` for a pipeline.
+    """Draw one image per prompt, all in one batch: `scfg.drawing.generate.generate` for a pipeline.
 
     Args:
         pipe: From `load`.
         prompts: b prompts.
         seeds: b seeds; image i starts from noise of seeds[i] alone.
-        method: One of `scfg.generate.METHODS`.
+        method: One of `scfg.drawing.generate.METHODS`.
         guidance_scale: > 1.
         steps: Number of steps.
         sampler: One of `SAMPLERS`, or None for the pipeline's own scheduler.

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, cfg
-from scfg.steps import Steps
+from scfg.recording.recorder import AttentionRecorder
+from scfg.recording.run import Steps
 
 
 class Denoiser:
@@ -33,7 +33,7 @@ class Denoiser:
         backend: See `scfg.ops`.
         callback: Called with the `Guided` of every call on which S-CFG acted.
         token_weights: (t,) or (prompts, t) multiplies the rate of each token's region, or None; see
-            `scfg.phrases.phrase_weights`.
+            `scfg.recording.phrases.phrase_weights`.
         sigmas: The schedule given to the sampler; needed by start, stop and every.
         start: S-CFG acts from this fraction of the noise levels on; plain guidance before it.
         stop: It acts until this fraction.
@@ -42,7 +42,7 @@ class Denoiser:
 
     Raises:
         ValueError: No transformer block found, or an argument missing or out of range.
-        RuntimeError: On a call: see `scfg.attention.AttentionRecorder.finish`.
+        RuntimeError: On a call: see `scfg.recording.recorder.AttentionRecorder.finish`.
     """
 
     def __init__(

@@ -13,11 +13,11 @@ from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from torch import Tensor, nn
 
 from scfg.adapters.around import around
-from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided
-from scfg.steps import Steps
+from scfg.recording.recorder import AttentionRecorder
+from scfg.recording.run import Steps
 
 
 class SemanticGuidance(ClassifierFreeGuidance):
@@ -37,7 +37,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
         backend: See `scfg.ops`.
         every: Regions are found on every so many steps, and kept in between.
         token_weights: t numbers, or a list of them per prompt, multiply the rate of each token's
-            region; see `scfg.phrases.phrase_weights`.
+            region; see `scfg.recording.phrases.phrase_weights`.
         callback: Called with the `Guided` of every guided step. It is not saved.
 
     Raises:

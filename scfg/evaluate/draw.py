@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from scfg import ops, reference, sampling
-from scfg.generate import SHAPES_CONFIG
+from scfg.drawing.generate import SHAPES_CONFIG
 from scfg.guidance import cfg
-from scfg.shapes.model import ShapesModel
-from scfg.shapes.scenes import Scene, caption, sample_scenes
-from scfg.wrapper import UNetWrapper
+from scfg.methods.samg import samg
+from scfg.models.embedded import ShapesModel
+from scfg.models.shapes import Scene, caption, sample_scenes
+from scfg.recording.wrapper import UNetWrapper
 
 CONFIGS = {  # ways of guiding that record attention
     "scfg": SHAPES_CONFIG,
@@ -49,31 +50,6 @@ class Point:
 def scene(index: int, seed: int) -> Scene:
     """The scene that prompt number `index` describes; it depends on nothing else."""
     return sample_scenes(1, np.random.default_rng([seed, index]))[0]
-
-
-def samg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor]:
-    """Spatially adaptive guidance by the energy of each pixel: S-CFG's rival without attention.
-
-    ``E = mean_c (eps_text - eps_uncond)^2``, ``E' = (E - min E) / (max E - min E + 1e-8)`` over the
-    pixels of an image, ``scale = w_max - E' (w_max - w_min)``, with w_min = 2/3 and w_max = 1.6
-    times the guidance scale, which come to the published [5, 12] at 7.5.
-
-    Args:
-        eps_uncond: (b, c, H, W).
-        eps_text: (b, c, H, W).
-        guidance_scale: g.
-
-    Returns:
-        The guided prediction (b, c, H, W), and the rate (b, 1, H, W) of ``g * rate = scale``.
-
-    Source: Li et al., arXiv 2604.26503, as catalogued by a third party; the paper itself was not at
-    hand, and a schedule over time, if it has one, is not here.
-    """
-    difference = eps_text.float() - eps_uncond.float()
-    energy = difference.square().mean(dim=1, keepdim=True)  # (b, 1, H, W)
-    low, high = energy.amin(dim=(2, 3), keepdim=True), energy.amax(dim=(2, 3), keepdim=True)
-    rate = 1.6 - (energy - low) / (high - low + 1e-8) * (1.6 - 2 / 3)
-    return eps_uncond + guidance_scale * rate * difference, rate
 
 
 def spread(eps_uncond: Tensor, eps: Tensor, labels: Tensor, regions: int) -> Tensor:

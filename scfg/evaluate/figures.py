@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scfg.shapes.scenes import COLOURS
+from scfg.models.shapes import COLOURS
 
 NAMES = {
     "cfg": "CFG",

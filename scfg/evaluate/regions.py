@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from scfg.evaluate.judge import patch_regions
+from scfg.drawing.generate import SHAPES_CONFIG
 from scfg.evaluate.metrics import overlap
-from scfg.generate import SHAPES_CONFIG
 from scfg.guidance import semantic_cfg
-from scfg.shapes.model import ShapesModel, to_latents
-from scfg.shapes.scenes import Scene, caption, render
-from scfg.wrapper import UNetWrapper
+from scfg.models.embedded import ShapesModel, to_latents
+from scfg.models.judge import patch_regions
+from scfg.models.shapes import Scene, caption, render
+from scfg.recording.wrapper import UNetWrapper
 
 POWERS = tuple(range(1, 9))
 LEVELS = {"16 x 16": (1,), "8 x 8": (2,), "both": (1, 2)}  # reductions whose layers are used

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 import scfg
+from scfg.drawing.generate import generate
 from scfg.evaluate import figures, tables
 from scfg.evaluate.draw import scene
-from scfg.evaluate.judge import WEIGHTS as JUDGE_WEIGHTS
 from scfg.evaluate.regions import LEVELS, find, probe
 from scfg.evaluate.tradeoff import (
     COMPARED,
@@ -23,9 +23,9 @@ from scfg.evaluate.tradeoff import (
     point_rows,
 )
 from scfg.evaluate.work import PROMPTS, Plan, collect, seconds_spent
-from scfg.generate import generate
-from scfg.shapes.model import ShapesModel
-from scfg.shapes.scenes import caption
+from scfg.models.embedded import ShapesModel
+from scfg.models.judge import WEIGHTS as JUDGE_WEIGHTS
+from scfg.models.shapes import caption
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MATCHED = {"scale": "mean scale", "strength": "strength"}
@@ -206,7 +206,7 @@ def _examples(model: ShapesModel, times: Sequence[int] = (800, 500, 200)) -> lis
 
 def _sample_pages(plan: Plan, folder: Path, model: ShapesModel) -> str:
     """Write one interactive page per sample, and link to them."""
-    from scfg.page import page
+    from scfg.drawing.page import page
 
     (folder / "samples").mkdir(exist_ok=True)
     links = []

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scfg.evaluate.judge import load_judge
 from scfg.evaluate.plan import make_plan
 from scfg.evaluate.report import write_report
 from scfg.evaluate.work import Plan, compute, prepare, units, work
-from scfg.shapes.model import WEIGHTS, load_shapes_model
+from scfg.models.embedded import WEIGHTS, load_shapes_model
+from scfg.models.judge import load_judge
 
 
 def run(options: argparse.Namespace) -> list[Path]:

@@ -10,7 +10,7 @@ from scfg.evaluate.draw import METHODS
 from scfg.evaluate.metrics import mean
 from scfg.evaluate.regions import KINDS, variants
 from scfg.evaluate.work import Plan
-from scfg.shapes.model import ShapesModel
+from scfg.models.embedded import ShapesModel
 
 Found = dict[str, dict[str, Tensor]]  # of `scfg.evaluate.work.collect`
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from scfg.evaluate.draw import Point, draw, scene
 from scfg.evaluate.inconsistency import true_spread
-from scfg.evaluate.judge import Judge, agreement, read
 from scfg.evaluate.regions import probe, score
-from scfg.shapes.model import ShapesModel
-from scfg.shapes.scenes import render
+from scfg.models.embedded import ShapesModel
+from scfg.models.judge import Judge, agreement, read
+from scfg.models.shapes import render
 
 PROMPTS, REFERENCE = 1, 2  # seeds of prompts and probed scenes, and of the reference
 SHOWN = 12  # images of each point that are kept

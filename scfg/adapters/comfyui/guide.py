@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from scfg.adapters.comfyui.regions import Part, compose
-from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided
-from scfg.steps import Steps
+from scfg.recording.recorder import AttentionRecorder
+from scfg.recording.run import Steps
 
 KEY = "semantic_cfg"
 CHUNK = 77  # tokens that CLIP reads at a time, START first

@@ -4,7 +4,7 @@ from comfy.model_patcher import PatcherInjection
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from scfg.adapters.comfyui.guide import KEY, Guide
-from scfg.blocks import find_blocks
+from scfg.recording.hooks import find_blocks
 
 PRE_CFG = "sampler_pre_cfg_function"
 
@@ -20,7 +20,7 @@ def patch(model, guide: Guide):
         ModelPatcher.
 
     Raises:
-        ValueError: The model has no transformer block of the kind that `scfg.blocks` finds.
+        ValueError: The model has no transformer block, see `scfg.recording.hooks`.
     """
     find_blocks(model.model.diffusion_model)
     model = model.clone()

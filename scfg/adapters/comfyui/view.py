@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scfg.drawing.picture import NO_WORD, PALETTE, viridis
 from scfg.guidance import Guided
-from scfg.picture import NO_WORD, PALETTE, viridis
 
 ENLARGED = 8  # image pixels per latent pixel
 

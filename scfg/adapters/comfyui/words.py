@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from scfg.phrases import phrase_weights
+from scfg.recording.phrases import phrase_weights
 
 
 def parse_phrases(text: str) -> dict[str, float]:
@@ -26,7 +26,7 @@ def parse_phrases(text: str) -> dict[str, float]:
 
 
 def clip_weights(clip, prompt: str, weights: dict[str, float]) -> Tensor:
-    """`scfg.phrases.phrase_weights` of a prompt as ComfyUI reads it, in chunks.
+    """`scfg.recording.phrases.phrase_weights` of a prompt as ComfyUI reads it, in chunks.
 
     Args:
         clip: A CLIP of ComfyUI.

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from scfg import sampling
-from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg
-from scfg.phrases import find_phrase
-from scfg.shapes.model import ShapesModel
-from scfg.shapes.tokenizer import END, START
-from scfg.steps import Steps
+from scfg.models.embedded import ShapesModel
+from scfg.models.text import END, START
+from scfg.recording.phrases import find_phrase
+from scfg.recording.recorder import AttentionRecorder
+from scfg.recording.run import Steps
 
 METHODS = ("cfg", "scfg")
 SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scfg.shapes.model import (
+from scfg.models.embedded import (
     WEIGHTS,
     EpsPredictor,
     ModelConfig,
@@ -19,15 +19,15 @@ from scfg.shapes.model import (
     save_weights,
     to_latents,
 )
-from scfg.shapes.scenes import (
+from scfg.models.shapes import (
     Scene,
     caption,
     render,
     sample_scenes,
 )
-from scfg.shapes.tokenizer import Tokenizer
-from scfg.shapes.training import Plan, Trainer
-from scfg.unet import UNetConfig
+from scfg.models.text import Tokenizer
+from scfg.models.training import Plan, Trainer
+from scfg.models.unet import UNetConfig
 
 TINY = ModelConfig(
     UNetConfig(

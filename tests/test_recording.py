@@ -8,9 +8,10 @@ from conftest import assert_close
 from diffusers import UNet2DConditionModel
 
 import scfg
-from scfg import attention, evidence
-from scfg.blocks import find_blocks
-from scfg.unet import UNet, UNetConfig
+from scfg import evidence
+from scfg.models.unet import UNet, UNetConfig
+from scfg.recording import recorder as attention
+from scfg.recording.hooks import find_blocks
 
 COMMON = {"norm_num_groups": 8, "layers_per_block": 1, "cross_attention_dim": 24}
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

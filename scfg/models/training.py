@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scfg.models.embedded import ModelConfig, networks, to_latents
+from scfg.models.shapes import caption, render, sample_scenes
+from scfg.models.text import Tokenizer
+from scfg.models.unet import UNetConfig
 from scfg.sampling import scaled_linear
-from scfg.shapes.model import ModelConfig, networks, to_latents
-from scfg.shapes.scenes import caption, render, sample_scenes
-from scfg.shapes.tokenizer import Tokenizer
-from scfg.unet import UNetConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from scfg.shapes.scenes import (
+from scfg.models.shapes import (
     COLOURS,
     DARK,
     MAX_SIZE,
@@ -25,7 +25,7 @@ from scfg.shapes.scenes import (
     render,
     sample_scenes,
 )
-from scfg.shapes.tokenizer import END, START, Tokenizer
+from scfg.models.text import END, START, Tokenizer
 
 
 def scenes_of(seed: int, count: int = 200) -> list[Scene]:

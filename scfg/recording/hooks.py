@@ -1,7 +1,7 @@
 """Find the transformer blocks of a U-Net by what attention modules have in common.
 
 A transformer block is a module with exactly two children that have ``to_q``, ``to_k``, ``heads``:
-self-attention, then cross-attention (diffusers, CompVis, ComfyUI and `scfg.unet` alike), or an
+self-attention, then cross-attention (diffusers, CompVis, ComfyUI, `scfg.models.unet`), or an
 attention module with ``add_k_proj``, whose keys are text and image at once (DeepFloyd IF).
 """
 

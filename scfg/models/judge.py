@@ -4,12 +4,9 @@ Colours are unique among the regions of a scene, so a scene is read colour by co
 region of this colour, what is it (the background or a shape), and what is its texture? The layout
 is the colour of every 4 x 4 patch.
 
-``python -m scfg.evaluate.judge`` measures the shipped weights on scenes they never saw;
-``--train`` makes new ones first. The result is stored with the weights.
+`scfg.models.judge_training` trains it and measures it on scenes it never saw.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfg.shapes.scenes import COLOURS, SHAPES, TEXTURES, Scene, render, sample_scenes
+from scfg.models.shapes import COLOURS, SHAPES, TEXTURES, Scene, render, sample_scenes
 
-WEIGHTS = Path(__file__).with_name("judge.safetensors")
+WEIGHTS = Path(__file__).parent / "weights" / "judge-shapes.safetensors"
 NOUNS = ("absent", "background", *SHAPES)
 PATCH, GRID = 4, 16  # pixels per side of a patch, patches per side of an image
 MEASURED = 20_001  # seed of the scenes the judge is measured on; training has others
@@ -73,7 +70,7 @@ def _layer(inside: int, outside: int, stride: int = 1) -> tuple[nn.Module, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What the judge sees in b images; colours and textures in the order of `scfg.shapes.scenes`.
+    """What the judge sees in b images; colours and textures in the order of `scfg.models.shapes`.
 
     Attributes:
         noun: (b, 6) int64, what is of each colour, an index of `NOUNS`.
@@ -210,32 +207,3 @@ def load_judge(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
     judge = Judge()
     judge.load_state_dict({name: x.float() for name, x in load_file(path).items()}, strict=False)
     return judge.eval().requires_grad_(False).to(device)
-
-
-def main() -> None:
-    """Command line of ``python -m scfg.evaluate.judge``."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    from scfg.evaluate.judge_training import train
-
-    parser = argparse.ArgumentParser(prog="python -m scfg.evaluate.judge", description=__doc__)
-    parser.add_argument("--train", action="store_true", help="train first")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of 128 scenes")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file to write or measure")
-    args = parser.parse_args()
-    if args.train:
-        judge = train(args.steps)
-        tensors = {k: v.half() for k, v in judge.state_dict().items() if v.is_floating_point()}
-        save_file(tensors, args.weights)
-    measured = measure(load_judge(args.weights))
-    with safe_open(args.weights, "pt") as file:
-        metadata = file.metadata() or {}
-    if args.train:
-        metadata = {"steps": str(args.steps), "measured": json.dumps(measured)}
-        save_file(load_file(args.weights), args.weights, metadata)
-    print(json.dumps({"measured": measured, "stored": json.loads(metadata["measured"])}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scfg.models.text import TextEncoder, Tokenizer
+from scfg.models.unet import UNet, UNetConfig
 from scfg.sampling import Schedule, scaled_linear
-from scfg.shapes.text_encoder import TextEncoder
-from scfg.shapes.tokenizer import Tokenizer
-from scfg.unet import UNet, UNetConfig
 
-WEIGHTS = Path(__file__).with_name("weights.safetensors")
+WEIGHTS = Path(__file__).parent / "weights" / "unet-shapes.safetensors"
 PATCH = 4  # pixels per side of a latent
 SCALE = 0.5  # latent per pixel value: less signal left at the last timestep than with 1
 UNET = UNetConfig(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from scfg.generate import Generated, Step
-from scfg.picture import NO_WORD, VIRIDIS, rate_range, to_pillow, word_colours
+from scfg.drawing.generate import Generated, Step
+from scfg.drawing.picture import NO_WORD, VIRIDIS, rate_range, to_pillow, word_colours
 
 TEMPLATE = Path(__file__).with_name("page.html")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, find_regions, guide_regions
-from scfg.phrases import fit_weights
+from scfg.recording.phrases import fit_weights
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Record attention from a U-Net while it runs.
 
-Hooks on the projections of its transformer blocks (see `scfg.blocks`) see the queries and keys that
-the host computes anyway; what they miss (fused projections, a LoRA loaded later) is projected
-again. The host's own attention is left alone, so its output keeps every bit. A block's maps live
-until they are folded into the evidence of their level; layers at other resolutions form none.
+Hooks on the projections of its transformer blocks see the queries and keys that the host computes
+anyway; what they miss (fused projections, a LoRA loaded later) is projected again. The host's own
+attention is left alone, so its output keeps every bit. A block's maps live until they are folded
+into the evidence of their level; layers at other resolutions form none.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from scfg import ops
-from scfg.blocks import find_blocks, folding_module
 from scfg.config import SCFGConfig
 from scfg.evidence import (
     AttentionLayer,
@@ -24,6 +23,7 @@ from scfg.evidence import (
     map_grid,
     propagate_unformed,
 )
+from scfg.recording.hooks import find_blocks, folding_module
 
 PROJECTIONS = ("to_q", "to_k", "add_k_proj")
 NORMS = {"to_q": "norm_q", "to_k": "norm_k"}

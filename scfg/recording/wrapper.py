@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scfg.attention import AttentionRecorder
 from scfg.config import SCFGConfig
 from scfg.evidence import AttentionLayer, Evidence
 from scfg.guidance import Guided, guide_evidence
+from scfg.recording.recorder import AttentionRecorder
 
 
 class UNetWrapper:
@@ -22,8 +22,8 @@ class UNetWrapper:
     which comes first; calls may differ in their number of tokens.
 
     Args:
-        unet: Any U-Net with transformer blocks (see `scfg.blocks`), or a torch.compile of one
-            that has not run yet. Its first 4-D tensor argument is the latent.
+        unet: Any U-Net with transformer blocks (see `scfg.recording.hooks`), or a torch.compile of
+            one that has not run yet. Its first 4-D tensor argument is the latent.
         config: Constants.
         backend: See `scfg.ops`.
         order: ``("uncond", "text")`` or ``("text", "uncond")``.

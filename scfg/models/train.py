@@ -1,7 +1,7 @@
-"""Train the embedded model: ``python -m scfg.shapes.train --out DIR --minutes 110``.
+"""Train the embedded model: ``python -m scfg.models.train --out DIR --minutes 110``.
 
 Several processes share every batch if started by ``torchrun --nproc-per-node 2 -m
-scfg.shapes.train``; on a busy CPU that is faster than as many threads.
+scfg.models.train``; on a busy CPU that is faster than as many threads.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scfg.models.embedded import WEIGHTS, assemble, save_weights
+from scfg.models.shapes import caption, sample_scenes
+from scfg.models.training import Plan, Trainer
 from scfg.sampling import ddim
-from scfg.shapes.model import WEIGHTS, assemble, save_weights
-from scfg.shapes.scenes import caption, sample_scenes
-from scfg.shapes.training import Plan, Trainer
 
 
 def preview(trainer: Trainer, path: Path, count: int = 16, guidance_scale: float = 2.0) -> None:
@@ -82,8 +82,8 @@ def run(trainer: Trainer, out: Path, checkpoint_minutes: float, preview_minutes:
 
 
 def main() -> None:
-    """Command line of ``python -m scfg.shapes.train``."""
-    parser = argparse.ArgumentParser(prog="python -m scfg.shapes.train", description=__doc__)
+    """Command line of ``python -m scfg.models.train``."""
+    parser = argparse.ArgumentParser(prog="python -m scfg.models.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=Plan.minutes, help="length of the run")
     parser.add_argument("--samples", type=int, help="length of the run instead of --minutes")

@@ -1,12 +1,20 @@
-"""Training of the judge on real scenes, mildly spoilt as generated images are."""
+"""Training of the judge on real scenes, mildly spoilt as generated images are.
+
+``python -m scfg.models.judge_training`` measures the shipped weights on scenes they never saw;
+``--train`` makes new ones first. The result is stored with the weights.
+"""
+
+import argparse
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scfg.evaluate.judge import Judge, layouts, truth
-from scfg.shapes.scenes import render, sample_scenes
+from scfg.models.judge import WEIGHTS, Judge, layouts, load_judge, measure, truth
+from scfg.models.shapes import render, sample_scenes
 
 BATCH = 128
 
@@ -82,3 +90,32 @@ def _loss(judge: Judge, rng: np.random.Generator) -> Tensor:
         F.cross_entropy(colours, layouts(scenes, masks)),
     )
     return sum(losses)
+
+
+def main() -> None:
+    """Command line of ``python -m scfg.models.judge_training``."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    parser = argparse.ArgumentParser(
+        prog="python -m scfg.models.judge_training", description=__doc__
+    )
+    parser.add_argument("--train", action="store_true", help="train first")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of 128 scenes")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file to write or measure")
+    args = parser.parse_args()
+    if args.train:
+        judge = train(args.steps)
+        tensors = {k: v.half() for k, v in judge.state_dict().items() if v.is_floating_point()}
+        save_file(tensors, args.weights)
+    measured = measure(load_judge(args.weights))
+    with safe_open(args.weights, "pt") as file:
+        metadata = file.metadata() or {}
+    if args.train:
+        metadata = {"steps": str(args.steps), "measured": json.dumps(measured)}
+        save_file(load_file(args.weights), args.weights, metadata)
+    print(json.dumps({"measured": measured, "stored": json.loads(metadata["measured"])}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

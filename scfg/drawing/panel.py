@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scfg.generate import Generated
-from scfg.picture import (
+from scfg.drawing.generate import Generated
+from scfg.drawing.picture import (
     CELL,
     INK,
     NO_WORD,

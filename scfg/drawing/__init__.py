@@ -1,0 +1,1 @@
+"""Pictures from what a run did; knows no host."""

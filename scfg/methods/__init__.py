@@ -1,0 +1,1 @@
+"""Other guidance: to compare S-CFG with, and to multiply with its rate."""
