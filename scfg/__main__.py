@@ -10,13 +10,10 @@ from pathlib import Path
 
 import torch
 
+from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS, SCFGConfig
-from scfg.drawing.generate import METHODS, SAMPLERS, SHAPES_CONFIG, Generated, generate
+from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
 from scfg.models.embedded import load_shapes_model
-from scfg.ops import BACKENDS
-
-TITLES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "euler": "Euler"}
-TITLES["euler_ancestral"] = "Euler ancestral"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,30 +106,30 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
         raise RuntimeError(f"{error.name} is missing: pip install 'scfg[generate]'") from error
     if options.guidance_scale is None:
         options.guidance_scale = 2.5 if options.model is None else 7.5
-    draw = load(options)
+    source, config = load(options)
     for folder in (options.out.parent, options.trace, options.html and options.html.parent):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    methods = METHODS if options.method == "both" else (options.method,)
+    methods = tuple(METHODS) if options.method == "both" else (options.method,)
     total = options.count * len(methods) * options.steps
     threads = nullcontext() if options.model else one_thread()
     with tqdm(total=total, disable=options.quiet or None, unit="step") as bar, threads:
         images = [
-            {method: _draw(draw, options, method, k, bar.update) for method in methods}
+            {method: source(_request(options, config, method, k), bar.update) for method in methods}
             for k in range(options.count)
         ]
 
-    sampler = TITLES[options.sampler]
-    settings = f"{options.steps} {sampler} steps \u00b7 guidance scale {options.guidance_scale:g}"
-    panel(images, shown_step(options.steps), settings).save(options.out)
+    sampler = SAMPLERS[options.sampler]
+    how = f"{options.steps} {sampler} steps \u00b7 guidance scale {options.guidance_scale:g}"
+    panel(images, shown_step(options.steps), how).save(options.out)
     written = [options.out]
     for image in images if options.trace else []:
         result = image[methods[-1]]
         written.append(options.trace / f"seed{result.seeds[0]}.png")
-        strip(result, settings).save(written[-1])
+        strip(result, how).save(written[-1])
     if options.html:
-        options.html.write_text(page(images, settings), encoding="utf-8")
+        options.html.write_text(page(images, how), encoding="utf-8")
         written.append(options.html)
     return written
 
@@ -155,8 +152,8 @@ def run_evaluate(options: argparse.Namespace) -> list[Path]:
     return run(options)
 
 
-def load(options: argparse.Namespace) -> Callable[..., Generated]:
-    """The function that draws: with the checkpoint asked for, else with the embedded model.
+def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGConfig]:
+    """What draws, the checkpoint asked for or else the embedded model, and the constants for it.
 
     Raises:
         ValueError: A word of the prompt is not known, or the checkpoint cannot be used.
@@ -164,13 +161,14 @@ def load(options: argparse.Namespace) -> Callable[..., Generated]:
     """
     if options.model is not None:
         from scfg.adapters import checkpoints
-        from scfg.adapters.generate import generate as generate_with
+        from scfg.adapters.generate import draw as draw_with
 
-        config = SCFGConfig(propagation=options.propagation)
-        return partial(generate_with, checkpoints.load(options.model), config=config)
-    model = load_shapes_model(device="cuda" if torch.cuda.is_available() else "cpu")
-    model.tokenizer.tokens(options.prompt)
-    return partial(generate, model, config=replace(SHAPES_CONFIG, propagation=options.propagation))
+        source, config = partial(draw_with, checkpoints.load(options.model)), SCFGConfig()
+    else:
+        model = load_shapes_model(device="cuda" if torch.cuda.is_available() else "cpu")
+        model.tokenizer.tokens(options.prompt)
+        source, config = partial(draw, model), model.config
+    return source, replace(config, propagation=options.propagation)
 
 
 @contextmanager
@@ -196,22 +194,22 @@ def shown_step(steps: int) -> int:
     return 3 * steps // 4
 
 
-def _draw(draw, options, method, k, callback) -> Generated:
+def _request(options: argparse.Namespace, config: SCFGConfig, method: str, k: int) -> Request:
     """Image k, on its own: the same to the last bit whatever the count."""
-    return draw(
-        [options.prompt],
-        [options.seed + k],
-        method=method,
+    return Request(
+        prompts=(options.prompt,),
+        seeds=(options.seed + k,),
         guidance_scale=options.guidance_scale,
+        method=method,
         steps=options.steps,
         sampler=options.sampler,
+        config=config,
         backend=options.backend,
-        token_weights=dict(options.token_weight) if options.token_weight else None,
+        trace=options.html is not None or method == "scfg" or options.method == "cfg",
+        token_weights=dict(options.token_weight or ()),
         start=options.start,
         stop=options.stop,
         every=options.every,
-        trace=options.html is not None or method == "scfg" or options.method == "cfg",
-        callback=callback,
     )
 
 

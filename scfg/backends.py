@@ -1,4 +1,4 @@
-"""The operations of `scfg.reference` as torch.library custom ops, with Triton as CUDA kernel."""
+"""Where an operation runs: its definition in torch, its Triton twin, or both behind a custom op."""
 
 import functools
 import importlib
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from scfg import reference
+
+BACKENDS = ("auto", "torch", "triton")
 
 
 @functools.cache
@@ -26,38 +28,91 @@ def interpreting() -> bool:
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
-def contiguous(value):
+def _contiguous(value):
     """The value with every tensor in it contiguous, as the kernels read them."""
     if isinstance(value, Tensor):
         return value.contiguous()
     if isinstance(value, (list, tuple)):
-        return [contiguous(item) for item in value]
+        return [_contiguous(item) for item in value]
     return value
 
 
-def _define(name: str, fake) -> None:
-    """Register ``torch.ops.scfg.<name>``: the reference, Triton on CUDA, a fake for tracing."""
+def _launch(name: str, arguments: dict):
+    return kernel(name)(**{key: _contiguous(value) for key, value in arguments.items()})
+
+
+def run(name: str, backend: str, **arguments):
+    """Run an operation of `scfg.reference`, with its own arguments, outside autocast.
+
+    Args:
+        name: The operation.
+        backend: See `scfg.ops`.
+        arguments: Checked already.
+
+    Returns:
+        What the operation returns.
+
+    Raises:
+        ValueError: An unknown backend, or tensors on several devices.
+        RuntimeError: The backend cannot run here, or a gradient is asked of one that has none.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    values = [x for value in arguments.values() for x in _listed(value)]
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    device = tensors[0].device
+    if any(x.device != device for x in tensors):
+        raise ValueError(
+            f"{name} needs tensors on one device, got {[str(x.device) for x in tensors]}"
+        )
+    with torch.autocast(device.type, enabled=False):
+        if backend == "torch":
+            return getattr(reference, name)(**arguments)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise RuntimeError(
+                f"{name} got a tensor that requires grad; backend {backend!r} is for inference: "
+                "call it under torch.no_grad(), or use backend='torch', which is differentiable"
+            )
+        if backend == "triton" and not has_triton():
+            raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
+        if backend == "triton" and device.type != "cuda":
+            if not interpreting():
+                raise RuntimeError(
+                    f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
+                    "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
+                )
+            return _launch(name, arguments)
+        return getattr(torch.ops.scfg, name)(**arguments)
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _define(name: str, fake=None) -> None:
+    """Register ``torch.ops.scfg.<name>``: the reference, Triton on CUDA, a fake for tracing.
+
+    The reference is its own fake unless it would be traced into more than shapes.
+    """
     definition = getattr(reference, name)
     op = torch.library.custom_op(f"scfg::{name}", definition, mutates_args=())
+    names = [argument.name for argument in op._opoverload._schema.arguments]
 
     @op.register_kernel("cuda")
     def _(*args, **kwargs):
         if not has_triton():
             return definition(*args, **kwargs)
-        return kernel(name)(*map(contiguous, args), **{k: contiguous(v) for k, v in kwargs.items()})
+        return _launch(name, dict(zip(names, args, strict=False)) | kwargs)
 
-    op.register_fake(fake)
+    op.register_fake(definition if fake is None else fake)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _fake_segment(tokens, start, h, w, factors):
-    shape = (tokens[0].shape[0], h, w)
-    return tokens[0].new_empty(shape, dtype=torch.int64), tokens[0].new_empty(
-        shape, dtype=torch.bool
-    )
+def _fake_apply(q, k, columns, heads):
+    return columns.new_empty(columns.shape, dtype=_wide(columns))
 
 
 def _fake_region_sums(eps_uncond, eps_text, labels, foreground, tokens, factor):
@@ -73,34 +128,8 @@ def _fake_guide(eps_uncond, eps_text, *args, **kwargs):
     return eps_text.new_empty(eps_text.shape), rate
 
 
-def _fake_map(q, k, heads, key_bias=None):
-    return q.new_empty((q.shape[0], q.shape[1], k.shape[1]), dtype=_wide(q))
-
-
-def _fake_complete(self_map, cross_map, *args, **kwargs):
-    b, n, t = cross_map.shape
-    return cross_map.new_empty((b, n, t + 1), dtype=_wide(cross_map))
-
-
-_define("attention_map", _fake_map)
-_define(
-    "attention_maps",
-    lambda q_self, k_self, q_cross, k_cross, heads, key_bias=None: (
-        _fake_map(q_self, k_self, heads),
-        _fake_map(q_cross, k_cross, heads),
-    ),
-)
-_define(
-    "attention_apply",
-    lambda q, k, columns, heads: columns.new_empty(columns.shape, dtype=_wide(columns)),
-)
-_define(
-    "propagate",
-    lambda self_map, columns, propagation="paper", steps=4: columns.new_empty(
-        columns.shape, dtype=_wide(columns)
-    ),
-)
-_define("complete", _fake_complete)
-_define("segment", _fake_segment)
+for _name in ("attention_map", "attention_maps", "propagate", "complete", "segment"):
+    _define(_name)
+_define("attention_apply", _fake_apply)
 _define("region_sums", _fake_region_sums)
 _define("guide", _fake_guide)

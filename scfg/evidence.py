@@ -1,5 +1,6 @@
-"""Fold attention, layer by layer, into what a U-Net call says about tokens at each resolution."""
+"""Layers folded, level by level, into what a call of a U-Net says about tokens."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -11,25 +12,6 @@ from scfg.config import SCFGConfig
 MAP_BUDGET = 2**28  # bytes of one self-attention map; above it the map is applied, never formed
 
 
-@dataclass(frozen=True)
-class AttentionLayer:
-    """A block at a chosen resolution and, on request, what it attended to.
-
-    Attributes:
-        name: Module path of the block.
-        reduction: Latent pixels per map pixel, along each axis.
-        grid: (h, w) of the map.
-        self_map: (b, h*w, h*w) float32 head-mean probabilities; None unless kept and formed.
-        cross_map: (b, h*w, t) float32 head-mean probabilities; None unless kept.
-    """
-
-    name: str
-    reduction: int
-    grid: tuple[int, int]
-    self_map: Tensor | None
-    cross_map: Tensor | None
-
-
 @dataclass
 class Evidence:
     """What one call of a U-Net says about tokens.
@@ -37,15 +19,12 @@ class Evidence:
     Attributes:
         size: (H, W) of the latent.
         levels: By reduction, evidence (b, n, t+1) as `scfg.reference.complete` returns it: the sum
-            over layers so far or, with ``layers_per_level``, one tensor for each last layer.
-        order: (reduction, block) of every block at a chosen resolution, in forward order.
-        layers: Every block folded, with its maps where kept.
+            over layers so far, ``{4: [sum], 8: [sum]}``, or with ``layers_per_level=2`` one tensor
+            for each last layer, ``{4: [layer, layer], 8: [layer, layer]}``.
     """
 
     size: tuple[int, int]
     levels: dict[int, list[Tensor]] = field(default_factory=dict)
-    order: list[tuple[int, str]] = field(default_factory=list)
-    layers: list[AttentionLayer] = field(default_factory=list)
 
     @property
     def reductions(self) -> list[int]:
@@ -65,12 +44,12 @@ class Evidence:
     def rows(self, begin: int, end: int) -> "Evidence":
         """The evidence of a part of the batch."""
         levels = {r: [x[begin:end] for x in layers] for r, layers in self.levels.items()}
-        return Evidence(self.size, levels, self.order)
+        return Evidence(self.size, levels)
 
     def to(self, device: torch.device) -> "Evidence":
         """The evidence on a device."""
         levels = {r: [x.to(device) for x in layers] for r, layers in self.levels.items()}
-        return Evidence(self.size, levels, self.order)
+        return Evidence(self.size, levels)
 
 
 def map_grid(size: tuple[int, int], reduction: int) -> tuple[int, int]:
@@ -138,22 +117,42 @@ def fold(
     config: SCFGConfig,
     backend: str,
 ) -> None:
-    """Add one layer to its level.
+    """Complete the cross map of one layer through its self map and add it to its level.
 
     Args:
         evidence: Changed in place.
         reduction: Level of the layer.
-        self_map: (b, n, n), or None where cross_map is already propagated.
+        self_map: (b, n, n); may be None when propagation is ``"none"``.
         cross_map: (b, n, t).
         weights: (n,) from `level_weights`.
         config: Its propagation, propagation_steps and layers_per_level are used.
         backend: See `scfg.ops`.
     """
-    propagation = "none" if self_map is None else config.propagation
     limit = config.layers_per_level
     layers = evidence.levels.setdefault(reduction, [])
     total = layers.pop() if layers and limit is None else None
-    steps = config.propagation_steps
-    layers.append(ops.complete(self_map, cross_map, weights, total, propagation, steps, backend))
+    completed = ops.complete(
+        self_map,
+        cross_map,
+        weights,
+        total,
+        propagation=config.propagation,
+        steps=config.propagation_steps,
+        backend=backend,
+    )
+    layers.append(completed)
     if limit is not None:
         del layers[:-limit]
+
+
+def fold_columns(
+    evidence: Evidence,
+    reduction: int,
+    columns: Tensor,
+    weights: Tensor,
+    config: SCFGConfig,
+    backend: str,
+) -> None:
+    """Add one layer, whose token columns (b, n, t) are propagated already, to its level."""
+    complete = dataclasses.replace(config, propagation="none")
+    fold(evidence, reduction, None, columns, weights, complete, backend)

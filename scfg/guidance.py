@@ -11,9 +11,24 @@ from scfg.config import SCFGConfig
 from scfg.evidence import Evidence, find_reduction, fold, level_weights, map_grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """Steps 1 and 2 of the method: which token owns each patch of b images.
+
+    Attributes:
+        labels: (b, h, w) int64 in [0, tokens), token that owns each patch.
+        foreground: (b, h, w) bool.
+        tokens: t.
+    """
+
+    labels: Tensor
+    foreground: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
 class Guided:
-    """Result of `semantic_cfg`.
+    """Steps 3 and 4: what guidance by regions comes to.
 
     Attributes:
         eps: (b, c, H, W) guided prediction, in the type of eps_text.
@@ -59,29 +74,30 @@ def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) ->
         guidance_scale: Float or (b,) tensor, > 0; 1 is eps_text.
 
     Returns:
-        (b, c, H, W) in the type of eps_text, computed in float32.
+        (b, c, H, W) in the type of eps_text, computed in float32 at least.
 
     Raises:
         ValueError: guidance_scale is not finite and > 0.
     """
-    scale = as_scale(guidance_scale, eps_text)[:, None, None, None]
-    eps = eps_uncond.float() + scale * (eps_text.float() - eps_uncond.float())
+    wide = torch.promote_types(eps_text.dtype, torch.float32)
+    scale = as_scale(guidance_scale, eps_text).to(wide)[:, None, None, None]
+    eps = eps_uncond.to(wide) + scale * (eps_text.to(wide) - eps_uncond.to(wide))
     return eps.to(eps_text.dtype)
 
 
 def find_regions(
-    text: Evidence, uncond: Evidence, config: SCFGConfig, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Labels and foreground from what the U-Net said in its two branches.
+    *, uncond: Evidence, text: Evidence, config: SCFGConfig, backend: str = "auto"
+) -> Regions:
+    """Regions from what the U-Net said in its two branches.
 
     Args:
-        text: Evidence of the text branch, b rows.
         uncond: Evidence of the unconditional branch, b rows.
+        text: Evidence of the text branch, b rows.
         config: Its foreground says whose START counts.
         backend: See `scfg.ops`.
 
     Returns:
-        labels (b, h, w) int64, foreground (b, h, w) bool.
+        Regions.
 
     Raises:
         RuntimeError: The branches do not have the same levels.
@@ -95,15 +111,14 @@ def find_regions(
     start = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else tokens
     factors = [r // config.map_reduction for r in text.reductions]
     h, w = map_grid(text.size, config.map_reduction)
-    return ops.segment(tokens, start, h, w, factors, backend)
+    labels, foreground = ops.segment(tokens, start, h, w, factors, backend)
+    return Regions(labels, foreground, text.tokens)
 
 
 def guide_regions(
     eps_uncond: Tensor,
     eps_text: Tensor,
-    labels: Tensor,
-    foreground: Tensor,
-    tokens: int,
+    regions: Regions,
     guidance_scale: float | Tensor,
     config: SCFGConfig,
     backend: str = "auto",
@@ -114,44 +129,58 @@ def guide_regions(
     Args:
         eps_uncond: (b, c, H, W).
         eps_text: (b, c, H, W).
-        labels: (b, h, w) int64.
-        foreground: (b, h, w) bool.
-        tokens: t, labels are below it.
+        regions: Of the same images; how many latent pixels a patch has follows from their size.
         guidance_scale: Float or (b,) tensor, > 0.
-        config: Constants.
+        config: Its benchmark, rate_min, rate_max and max_scale are used.
         backend: See `scfg.ops`.
         token_weights: (t,) or (b, t) multiplies the rate of each token's region, or None.
 
     Returns:
         Guided.
+
+    Raises:
+        ValueError: The regions are those of another batch or size.
     """
-    factor = config.map_reduction
-    scale = as_scale(guidance_scale, eps_text)
+    factor = _pixels_per_patch(eps_text, regions.labels)
     if token_weights is not None:
         token_weights = token_weights.to(eps_text.device, torch.float32)
         token_weights = token_weights.expand(eps_text.shape[0], -1)
-    predictions = (eps_uncond, eps_text, labels)
-    sums = ops.region_sums(*predictions, foreground, tokens, factor, backend)
-    limits = (config.benchmark, config.rate_min, config.rate_max, config.max_scale)
-    eps, rate = ops.guide(*predictions, sums, scale, factor, *limits, token_weights, backend)
-    return Guided(eps, rate, labels, foreground)
+    sums = ops.region_sums(
+        eps_uncond,
+        eps_text,
+        regions.labels,
+        regions.foreground,
+        tokens=regions.tokens,
+        factor=factor,
+        backend=backend,
+    )
+    eps, rate = ops.guide(
+        eps_uncond,
+        eps_text,
+        regions.labels,
+        sums,
+        as_scale(guidance_scale, eps_text),
+        factor=factor,
+        benchmark=config.benchmark,
+        rate_min=config.rate_min,
+        rate_max=config.rate_max,
+        max_scale=config.max_scale,
+        token_weights=token_weights,
+        backend=backend,
+    )
+    return Guided(eps, rate, regions.labels, regions.foreground)
 
 
-def guide_evidence(
-    eps_uncond: Tensor,
-    eps_text: Tensor,
-    uncond: Evidence,
-    text: Evidence,
-    guidance_scale: float | Tensor,
-    config: SCFGConfig,
-    backend: str = "auto",
-    token_weights: Tensor | None = None,
-) -> Guided:
-    """`find_regions`, then `guide_regions`."""
-    labels, foreground = find_regions(text, uncond, config, backend)
-    regions = (labels, foreground, text.tokens)
-    return guide_regions(
-        eps_uncond, eps_text, *regions, guidance_scale, config, backend, token_weights
+def _pixels_per_patch(eps: Tensor, labels: Tensor) -> int:
+    """Latent pixels along each axis of a patch of the label grid: a power of two."""
+    size, grid = tuple(eps.shape[-2:]), tuple(labels.shape[-2:])
+    factor = 1
+    while factor < 2 * max(size):
+        if map_grid(size, factor) == grid:
+            return factor
+        factor *= 2
+    raise ValueError(
+        f"regions must be for a latent of size {size} reduced by a power of two, got a grid {grid}"
     )
 
 
@@ -199,9 +228,27 @@ def semantic_cfg(
             f"got {len(self_maps)} and {len(cross_maps)}"
         )
     ops.check_predictions(eps_uncond, eps_text)
-    b, size = eps_text.shape[0], tuple(eps_text.shape[-2:])
-    branches = Evidence(size), Evidence(size)
-    weights = level_weights(size, config, eps_text.device)
+    b = eps_text.shape[0]
+    both = _fold_maps(eps_text, self_maps, cross_maps, config, backend)
+    regions = find_regions(
+        uncond=both.rows(0, b), text=both.rows(b, 2 * b), config=config, backend=backend
+    )
+    return guide_regions(
+        eps_uncond, eps_text, regions, guidance_scale, config, backend, token_weights
+    )
+
+
+def _fold_maps(
+    eps: Tensor,
+    self_maps: list[Tensor],
+    cross_maps: list[Tensor],
+    config: SCFGConfig,
+    backend: str,
+) -> Evidence:
+    """Evidence, of 2b rows, of given maps."""
+    b, size = eps.shape[0], tuple(eps.shape[-2:])
+    evidence = Evidence(size)
+    weights = level_weights(size, config, eps.device)
     powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
     for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
         ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
@@ -212,20 +259,16 @@ def semantic_cfg(
                 f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"
             )
         reduction = find_reduction(size, n, config.reductions)
-        if reduction is None:
-            if find_reduction(size, n, powers) is None:
-                raise ValueError(
-                    f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "
-                    f"(H, W) = {size}, got {n}"
-                )
-            continue
-        for branch, rows in zip(branches, (slice(0, b), slice(b, 2 * b)), strict=True):
-            maps = (self_map[rows], cross_map[rows], weights[reduction])
-            fold(branch, reduction, *maps, config, backend)
-    if not branches[0].levels:
+        if reduction is not None:
+            fold(evidence, reduction, self_map, cross_map, weights[reduction], config, backend)
+        elif find_reduction(size, n, powers) is None:
+            raise ValueError(
+                f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "
+                f"(H, W) = {size}, got {n}"
+            )
+    if not evidence.levels:
         raise ValueError(
             f"self_maps must hold a layer at one of the reductions {config.reductions} of a latent "
             f"of size {size}, got n = {[m.shape[1] for m in self_maps]}"
         )
-    settings = (guidance_scale, config, backend, token_weights)
-    return guide_evidence(eps_uncond, eps_text, *branches, *settings)
+    return evidence

@@ -15,41 +15,7 @@ so there a NaN stays in the image it came from.
 import torch
 from torch import Tensor
 
-from scfg import reference
-from scfg.backends import contiguous, has_triton, interpreting, kernel
-
-BACKENDS = ("auto", "torch", "triton")
-
-
-def _send(name: str, backend: str, *args):
-    """Run one operation on the chosen backend, outside autocast."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
-    tensors = [x for x in tensors if isinstance(x, Tensor)]
-    device = tensors[0].device
-    if any(x.device != device for x in tensors):
-        raise ValueError(
-            f"{name} needs tensors on one device, got {[str(x.device) for x in tensors]}"
-        )
-    with torch.autocast(device.type, enabled=False):
-        if backend == "torch":
-            return getattr(reference, name)(*args)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            raise RuntimeError(
-                f"{name} got a tensor that requires grad; backend {backend!r} is for inference: "
-                "call it under torch.no_grad(), or use backend='torch', which is differentiable"
-            )
-        if backend == "triton" and not has_triton():
-            raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
-        if backend == "triton" and device.type != "cuda":
-            if not interpreting():
-                raise RuntimeError(
-                    f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
-                    "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
-                )
-            return kernel(name)(*map(contiguous, args))
-        return getattr(torch.ops.scfg, name)(*args)
+from scfg import backends
 
 
 def _shape(x: Tensor, name: str, *expected: int | str) -> None:
@@ -97,7 +63,7 @@ def attention_map(
     _check_qk(q, k, heads)
     if key_bias is not None:
         _shape(key_bias, "key_bias", q.shape[0], k.shape[1])
-    return _send("attention_map", backend, q, k, heads, key_bias)
+    return backends.run("attention_map", backend, q=q, k=k, heads=heads, key_bias=key_bias)
 
 
 def attention_maps(
@@ -115,7 +81,16 @@ def attention_maps(
     _shape(q_cross, "q_cross", *q_self.shape)
     if key_bias is not None:
         _shape(key_bias, "key_bias", q_cross.shape[0], k_cross.shape[1])
-    return _send("attention_maps", backend, q_self, k_self, q_cross, k_cross, heads, key_bias)
+    return backends.run(
+        "attention_maps",
+        backend,
+        q_self=q_self,
+        k_self=k_self,
+        q_cross=q_cross,
+        k_cross=k_cross,
+        heads=heads,
+        key_bias=key_bias,
+    )
 
 
 def attention_apply(
@@ -124,7 +99,7 @@ def attention_apply(
     """Head-mean self-attention times columns, see `scfg.reference.attention_apply`."""
     _check_qk(q, k, heads)
     _shape(columns, "columns", q.shape[0], k.shape[1], "t")
-    return _send("attention_apply", backend, q, k, columns, heads)
+    return backends.run("attention_apply", backend, q=q, k=k, columns=columns, heads=heads)
 
 
 def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation: str, steps: int):
@@ -152,7 +127,14 @@ def propagate(
 ) -> Tensor:
     """Complete token maps through self-attention, see `scfg.reference.propagate`."""
     _check_maps(self_map, columns, "columns", propagation, steps)
-    return _send("propagate", backend, self_map, columns, propagation, steps)
+    return backends.run(
+        "propagate",
+        backend,
+        self_map=self_map,
+        columns=columns,
+        propagation=propagation,
+        steps=steps,
+    )
 
 
 def complete(
@@ -170,7 +152,16 @@ def complete(
     _shape(weights, "weights", n)
     if total is not None:
         _shape(total, "total", b, n, t + 1)
-    return _send("complete", backend, self_map, cross_map, weights, total, propagation, steps)
+    return backends.run(
+        "complete",
+        backend,
+        self_map=self_map,
+        cross_map=cross_map,
+        weights=weights,
+        total=total,
+        propagation=propagation,
+        steps=steps,
+    )
 
 
 def segment(
@@ -192,7 +183,9 @@ def segment(
             n = -(-h // factor) * -(-w // factor)
             _shape(x, f"{name}[{level}]", tokens[0].shape[0], n, levels[0].shape[2])
             _finite(x, f"{name}[{level}] (evidence of the attention maps)")
-    return _send("segment", backend, list(tokens), list(start), h, w, list(factors))
+    return backends.run(
+        "segment", backend, tokens=list(tokens), start=list(start), h=h, w=w, factors=list(factors)
+    )
 
 
 def check_map(x: Tensor, name: str, b: int, n: int | str = "n", m: int | str = "t") -> None:
@@ -231,7 +224,16 @@ def region_sums(
     check_predictions(eps_uncond, eps_text)
     _check_labels(eps_text, labels, factor)
     _shape(foreground, "foreground", *labels.shape)
-    return _send("region_sums", backend, eps_uncond, eps_text, labels, foreground, tokens, factor)
+    return backends.run(
+        "region_sums",
+        backend,
+        eps_uncond=eps_uncond,
+        eps_text=eps_text,
+        labels=labels,
+        foreground=foreground,
+        tokens=tokens,
+        factor=factor,
+    )
 
 
 def guide(
@@ -256,7 +258,18 @@ def guide(
     _shape(guidance_scale, "guidance_scale", b)
     if token_weights is not None:
         _shape(token_weights, "token_weights", b, sums.shape[2] - 1)
-    args = (eps_uncond, eps_text, labels, sums, guidance_scale, factor)
-    limits = (benchmark, float(rate_min), float(rate_max))
-    cap = None if max_scale is None else float(max_scale)
-    return _send("guide", backend, *args, *limits, cap, token_weights)
+    return backends.run(
+        "guide",
+        backend,
+        eps_uncond=eps_uncond,
+        eps_text=eps_text,
+        labels=labels,
+        sums=sums,
+        guidance_scale=guidance_scale,
+        factor=factor,
+        benchmark=benchmark,
+        rate_min=float(rate_min),
+        rate_max=float(rate_max),
+        max_scale=None if max_scale is None else float(max_scale),
+        token_weights=token_weights,
+    )

@@ -227,7 +227,9 @@ def spy(pipe, keep=True):
 
     def after(unet, args, output):
         output = output[0] if isinstance(output, tuple) else output.sample
-        raw.append((output.clone(), recorder.finish().layers if keep else None))
+        if keep:
+            recorder.finish()
+        raw.append((output.clone(), recorder.layers if keep else None))
 
     def observed(model_output, *args, **kwargs):
         stepped.append(model_output.clone())

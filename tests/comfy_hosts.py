@@ -31,8 +31,8 @@ import comfy.samplers  # noqa: E402
 import comfy.supported_models  # noqa: E402
 from comfy.ldm.modules.attention import attention_basic  # noqa: E402, F401
 
-from scfg.adapters.comfyui.guide import Guide  # noqa: E402
-from scfg.adapters.comfyui.patch import patch  # noqa: E402
+from scfg.adapters.comfyui.nodes import patch  # noqa: E402
+from scfg.adapters.comfyui.run import ComfyRun  # noqa: E402
 
 CONFIG = scfg.SCFGConfig()
 PLAIN = scfg.SCFGConfig(rate_min=1, rate_max=1, max_scale=None)
@@ -97,7 +97,7 @@ def run(model, positive=None, negative=None, cfg=6.0, steps=2, sampler="euler", 
 
 
 def guided(model, config=CONFIG, **options):
-    guide = Guide(config, **options)
+    guide = ComfyRun(config, **options)
     return patch(model, guide), guide
 
 
@@ -118,7 +118,8 @@ class Watch:
             self.recorder.start(x)
             output = executor(x, timesteps, context, *args, **kwargs)
             options = next(a for a in args if isinstance(a, dict) and "uuids" in a)
-            layers = self.recorder.finish().layers
+            self.recorder.finish()
+            layers = self.recorder.layers
             self.calls.append((list(options["cond_or_uncond"]), layers, tuple(x.shape)))
             return output
 

@@ -7,10 +7,11 @@ import torch
 from adapter_hosts import NEGATIVE, PROMPT, latents, sd, sdxl, spy
 from conftest import assert_close
 from safetensors.torch import save_file
+from tiny import generate_with
 
 from scfg.adapters.checkpoints import load
 from scfg.adapters.diffusers import attach
-from scfg.adapters.generate import generate, prompt_words
+from scfg.adapters.generate import prompt_words
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +150,8 @@ CALL = dict(guidance_scale=6.0, steps=3, negative_prompt=NEGATIVE, height=128, w
 @pytest.mark.parametrize("make", [sd, sdxl])
 def test_generated_images_are_those_of_the_pipeline(make, tmp_path):
     pipe = make(tmp_path)
-    result = generate(pipe, [PROMPT], [3], sampler=None, **CALL)
-    plain = generate(pipe, [PROMPT], [3], sampler=None, method="cfg", **CALL)
+    result = generate_with(pipe, [PROMPT], [3], sampler=None, **CALL)
+    plain = generate_with(pipe, [PROMPT], [3], sampler=None, method="cfg", **CALL)
 
     def direct():
         call = dict(num_inference_steps=3, guidance_scale=6.0, height=128, width=192)
@@ -171,15 +172,17 @@ def test_trace_holds_what_guidance_did_and_changes_nothing(saved, method, sample
     own, calls = pipe.scheduler, []
     prompts, seeds = [PROMPT, "a dog"], [0, 1]
     options = dict(method=method, sampler=sampler, **CALL)
-    bare = generate(pipe, prompts, seeds, **options)
-    result = generate(pipe, prompts, seeds, **options, trace=True, callback=lambda: calls.append(1))
+    bare = generate_with(pipe, prompts, seeds, **options)
+    result = generate_with(
+        pipe, prompts, seeds, **options, trace=True, callback=lambda: calls.append(1)
+    )
     assert result.images.equal(bare.images)
     assert pipe.scheduler is own and len(calls) == len(result.trace) == 3
     first, *_, last = result.trace
     assert first.t > last.t
     assert first.labels.shape == first.foreground.shape == (2, 4, 6)
     assert first.rate.shape == (2, 16, 24) and first.x0.shape == (2, 3, 85, 128)
-    alone = generate(pipe, prompts[1:], seeds[1:], **options)
+    alone = generate_with(pipe, prompts[1:], seeds[1:], **options)
     assert_close(actual=alone.images, expected=result.images[1:], atol=1e-3)
 
 
@@ -187,7 +190,7 @@ def test_last_x0_of_ddim_is_the_image(saved):
     pipe, _ = saved
     scheduler = pipe.scheduler
     pipe.scheduler = scheduler.from_config(scheduler.config, set_alpha_to_one=True)
-    result = generate(pipe, [PROMPT], [0], trace=True, sampler=None, **CALL)
+    result = generate_with(pipe, [PROMPT], [0], trace=True, sampler=None, **CALL)
     pipe.scheduler = scheduler
     small = torch.nn.functional.interpolate(result.images, (85, 128), mode="area")
     assert (result.trace[-1].x0 - small).abs().mean() < 0.05
@@ -196,11 +199,11 @@ def test_last_x0_of_ddim_is_the_image(saved):
 def test_steps_outside_the_window_have_rate_1(saved):
     pipe, _ = saved
     raw, stepped, end = spy(pipe)
-    result = generate(pipe, [PROMPT], [0], trace=True, sampler=None, stop=0.7, **CALL)
+    result = generate_with(pipe, [PROMPT], [0], trace=True, sampler=None, stop=0.7, **CALL)
     end()
     assert (result.trace[0].rate != 1).any() and (result.trace[2].rate == 1).all()
-    with pytest.raises(ValueError, match="window"):
-        generate(pipe, [PROMPT], [0], trace=True, start=0.9, stop=0.95, **CALL)
+    with pytest.raises(ValueError, match="have a step of 3 between them"):
+        generate_with(pipe, [PROMPT], [0], trace=True, start=0.9, stop=0.95, **CALL)
 
 
 def test_words_are_those_of_the_prompt(saved):
@@ -218,4 +221,4 @@ def test_bad_arguments_are_refused(saved):
         (dict(sampler="none"), "sampler"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate(pipe, [PROMPT], **{"seeds": [0], **options})
+            generate_with(pipe, [PROMPT], **{"seeds": [0], **options})

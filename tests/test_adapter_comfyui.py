@@ -29,10 +29,13 @@ from comfy_hosts import (  # noqa: E402
 )
 
 from scfg.adapters.comfyui import comfy_entrypoint  # noqa: E402
-from scfg.adapters.comfyui.guide import KEY, Guide  # noqa: E402
-from scfg.adapters.comfyui.nodes import SemanticGuidance, SemanticGuidanceView  # noqa: E402
-from scfg.adapters.comfyui.patch import patch  # noqa: E402
-from scfg.adapters.comfyui.words import clip_weights, parse_phrases  # noqa: E402
+from scfg.adapters.comfyui.nodes import (  # noqa: E402
+    SemanticGuidance,
+    SemanticGuidanceView,
+    patch,  # noqa: E402
+)
+from scfg.adapters.comfyui.regions import clip_weights, parse_phrases  # noqa: E402
+from scfg.adapters.comfyui.run import KEY, ComfyRun  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def test_window_and_every(model):
 def test_model_without_such_blocks_is_refused():
     odd = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
     with pytest.raises(ValueError, match="found none"):
-        patch(odd, Guide(CONFIG))
+        patch(odd, ComfyRun(CONFIG))
 
 
 def test_hooks_leave_after_errors(model):
@@ -244,7 +247,7 @@ def test_nodes_guide_and_show():
 
 
 def test_prompts_under_one_id_are_told_apart():
-    guide, name = Guide(CONFIG), uuid.uuid4()
+    guide, name = ComfyRun(CONFIG), uuid.uuid4()
     prompts = [{"uuid": name}, {"uuid": name}]
     told = guide.begin_step([[{"uuid": uuid.uuid4()}], prompts], torch.ones(1), {})
     again = guide.begin_step([[{"uuid": uuid.uuid4()}], prompts], torch.ones(1), {})

@@ -18,8 +18,8 @@ from adapter_hosts import (
 from conftest import assert_close
 from diffusers_runs import SCHEDULERS, check_by_hand, image, img2img, quiet, run
 
-import scfg
 from scfg.adapters.diffusers import attach
+from scfg.methods.rescale import rescale
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_guidance_rescale_is_the_pipelines_own(guidance_scale, folder):
     end()
     for (output, layers), eps in zip(raw, stepped, strict=True):
         guided = by_hand(output, layers, guidance_scale).eps
-        expected = scfg.sampling.rescale(guided, output.chunk(2)[1], 0.7)
+        expected = rescale(guided, output.chunk(2)[1], 0.7)
         assert_close(actual=eps, expected=expected, atol=1e-4, what="rescaled prediction")
 
 

@@ -13,6 +13,7 @@ from conftest import assert_close
 
 import scfg
 from scfg.adapters.k_diffusion import denoiser
+from scfg.guidance import find_regions, guide_regions
 from scfg.recording.recorder import AttentionRecorder
 
 SPEC = importlib.util.find_spec("k_diffusion")
@@ -101,7 +102,8 @@ def spied(model, seen, guidance_scale=7.5):
     def predict(x, sigma, uncond, cond):
         recorder.start(x)
         both = model(torch.cat([x, x]), torch.cat([sigma] * 2), cond=torch.cat([uncond, cond]))
-        out = by_hand(both, recorder.finish().layers, guidance_scale)
+        recorder.finish()
+        out = by_hand(both, recorder.layers, guidance_scale)
         seen.append(out)
         return out.eps
 
@@ -172,7 +174,8 @@ def test_conditions_of_different_length_are_two_calls():
             parts.append((model(x, sigma, cond=extra[name]), recorder.finish()))
     recorder.remove()
     (u, uncond), (c, text) = parts
-    out = scfg.guidance.guide_evidence(u, c, uncond, text, 7.5, CONFIG)
+    regions = find_regions(uncond=uncond, text=text, config=CONFIG)
+    out = guide_regions(u, c, regions, 7.5, CONFIG)
     assert_close(actual=actual, expected=out.eps, atol=1e-4)
     assert seen[0].labels.equal(out.labels) and seen[0].labels.max() < 11
 

@@ -9,24 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import generate, tiny_model
 
 from scfg import __main__ as cli
-from scfg.drawing.generate import generate
+from scfg.drawing.generate import Request, draw
 from scfg.drawing.panel import GAP, MARGIN, SIDE, panel
 from scfg.drawing.picture import CELL, NO_WORD, draw_regions, rate_range, viridis, word_colours
-from scfg.models.embedded import WEIGHTS, ModelConfig, assemble, networks
-from scfg.models.unet import UNetConfig
+from scfg.models.embedded import WEIGHTS
 
 PROMPT = "a striped red circle on a green background"
-UNET = UNetConfig(48, 48, (16, 32), (1, 1), 1, (1, 2), 1, 24, norm_groups=8)
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights: nothing here depends on how well the model draws."""
-    torch.manual_seed(0)
-    config = ModelConfig(UNET, text_layers=1, text_heads=2)
-    return assemble(networks(config).eval().requires_grad_(False))
+    return tiny_model()
 
 
 @pytest.fixture
@@ -87,21 +83,34 @@ def test_an_image_does_not_depend_on_the_count(run, sampler):
     assert all((a == b).all() for a, b in zip(alone, three, strict=True))
 
 
-def test_every_option_reaches_generate(run, monkeypatch):
+def test_every_option_reaches_the_request(run, monkeypatch):
     seen = []
 
-    def spy(*args, **kwargs):
-        seen.append((args[1:], kwargs))
-        return generate(*args, **kwargs)
+    def spy(model, request, after_step):
+        seen.append(request)
+        return draw(model, request, after_step)
 
-    monkeypatch.setattr(cli, "generate", spy)
-    given = ("--seed", "9", "--guidance-scale", "1.75", "--sampler", "dpmpp_2m")
+    monkeypatch.setattr(cli, "draw", spy)
+    given = ("--seed", "9", "--guidance-scale", "1.75", "--sampler", "dpmpp_2m", "--every", "2")
+    given += ("--start", "0.25", "--stop", "0.75", "--token-weight", "red circle=2")
     assert run(*given, "--backend", "torch", "--propagation", "official", "--method", "scfg") == 0
-    ((positional, named),) = seen
-    assert positional == ([PROMPT], [9])
-    assert named["guidance_scale"] == 1.75 and named["sampler"] == "dpmpp_2m"
-    assert named["backend"] == "torch" and named["config"].propagation == "official"
-    assert named["method"] == "scfg" and named["steps"] == 3
+    (request,) = seen
+    assert request.config.propagation == "official"
+    assert request == Request(
+        prompts=(PROMPT,),
+        seeds=(9,),
+        guidance_scale=1.75,
+        method="scfg",
+        steps=3,
+        sampler="dpmpp_2m",
+        config=request.config,
+        backend="torch",
+        trace=True,
+        token_weights={"red circle": 2.0},
+        start=0.25,
+        stop=0.75,
+        every=2,
+    )
 
 
 def test_the_number_of_threads_is_given_back_also_after_an_error(run):

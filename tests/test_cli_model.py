@@ -6,7 +6,8 @@ from PIL import Image
 
 from scfg import __main__ as cli
 from scfg.adapters import checkpoints
-from scfg.adapters.generate import generate
+from scfg.adapters.generate import draw
+from scfg.drawing.generate import Request
 
 
 def test_a_saved_pipeline_draws_the_panel_the_page_and_the_trace(tmp_path, capsys):
@@ -30,5 +31,5 @@ def test_the_checkpoint_draws_what_the_library_draws(tmp_path, monkeypatch):
     assert cli.main([*arguments, "--out", str(tmp_path / "out.png"), "--quiet"]) == 0
     pipe = checkpoints.load(tmp_path / "model")
     for method, image in drawn[0][0].items():
-        expected = generate(pipe, ["red blue"], [0], method=method, steps=3)
+        expected = draw(pipe, Request(("red blue",), (0,), 7.5, method=method, steps=3))
         assert torch.equal(image.images, expected.images)

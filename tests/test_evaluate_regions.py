@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from evaluate_worker import TINY
+from tiny import generate
 
-from scfg.drawing.generate import generate
 from scfg.evaluate.draw import CONFIGS, METHODS, Point, draw, samg, scene, spread
 from scfg.evaluate.inconsistency import true_spread
 from scfg.evaluate.regions import (

@@ -3,22 +3,18 @@
 import pytest
 import torch
 from conftest import assert_close
+from tiny import generate, tiny_model
 
 from scfg import sampling
-from scfg.drawing.generate import SHAPES_CONFIG, generate
-from scfg.models.embedded import ModelConfig, assemble, networks
-from scfg.models.unet import UNetConfig
+from scfg.models.embedded import CONFIG
 from scfg.recording.wrapper import guided
 
 PROMPTS = ["a striped red circle on a green background", "a blue star on a red background"]
-UNET = UNetConfig(48, 48, (16, 32), (1, 1), 1, (1, 2), 1, 24, norm_groups=8)
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = ModelConfig(UNET, text_layers=1, text_heads=2)
-    return assemble(networks(config).eval().requires_grad_(False))
+    return tiny_model()
 
 
 def start(seed):
@@ -36,10 +32,10 @@ def test_scale_one_is_sampling_with_the_text_alone(model):
 def test_scfg_images_regions_and_rates_are_those_of_the_public_predictor(model, sampler):
     uncond, cond = model.encode([""]), model.encode(PROMPTS[:1])
     steps = []
-    predictor = guided(model.unet, 2.5, SHAPES_CONFIG, callback=steps.append)
+    predictor = guided(model.unet, 2.5, CONFIG, callback=steps.append)
     run = getattr(sampling, sampler)
     latents = run(lambda x, t: predictor(x, t, uncond, cond), start(3), model.schedule, 4)
-    predictor.unet.remove()
+    predictor.remove()
     actual = generate(model, PROMPTS[:1], [3], steps=4, sampler=sampler, trace=True)
     assert_close(actual=actual.images, expected=model.decode(latents), atol=1e-6)
     for step, expected in zip(actual.trace, steps, strict=True):
@@ -118,6 +114,9 @@ def test_outside_the_window_guidance_is_plain(model):
     plain_x0 = generate(model, PROMPTS[:1], [3], method="cfg", steps=4, trace=True).trace
     for i in (0, 1):
         assert late.trace[i].x0.equal(plain_x0[i].x0)
+        assert (late.trace[i].rate == 1).all()
+        assert late.trace[i].labels.equal(late.trace[2].labels)
+    assert (late.trace[2].rate != 1).any()
     assert not late.trace[2].x0.equal(plain_x0[2].x0)
     assert not late.images.equal(whole.images) and not late.images.equal(plain.images)
     with pytest.raises(ValueError, match="start < stop"):

@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 import scfg
 from scfg import ops
 from scfg.evidence import Evidence, fold, level_weights
-from scfg.guidance import guide_evidence
+from scfg.guidance import find_regions, guide_regions
 
 SIZE = (64, 64)
 PAPER = scfg.SCFGConfig()
@@ -51,5 +51,7 @@ def test_three_follow_the_last_layer():
     evidence = Evidence(SIZE, {r: [x.to(DEVICE) for x in level] for r, level in levels.items()})
     eps = torch.randn(2, 1, 4, *SIZE, generator=g).to(DEVICE).unbind(0)
     with counting_launches() as launched:
-        guide_evidence(*eps, evidence.rows(0, 1), evidence.rows(1, 2), 7.5, PAPER, "triton")
+        uncond, text = evidence.rows(0, 1), evidence.rows(1, 2)
+        regions = find_regions(uncond=uncond, text=text, config=PAPER, backend="triton")
+        guide_regions(*eps, regions, 7.5, PAPER, "triton")
     assert launched == ["_segment_kernel", "_region_sums_kernel", "_guide_kernel"]

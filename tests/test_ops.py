@@ -5,7 +5,7 @@ import torch
 from conftest import assert_close
 
 import scfg
-from scfg import ops, reference
+from scfg import backends, ops, reference
 
 
 def arguments(dtype=torch.float32):
@@ -73,10 +73,10 @@ def test_unknown_backend_is_named():
 
 def test_triton_that_cannot_run_raises(monkeypatch):
     args = arguments()["propagate"]
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
     with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
         ops.propagate(*args, backend="triton")
-    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="triton, which is not installed"):
         ops.propagate(*args, backend="triton")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scfg.drawing.generate import Generated, Step
+from scfg.drawing.generate import Frame, Generated
 from scfg.drawing.page import page
 
 WORDS = (None, "red", '</script><b>"&', "red", None, None)  # one word twice, one that bites
@@ -23,7 +23,7 @@ def made_up(method, seed):
     """A `Generated` of random numbers, of which a page must show exactly these."""
     generator = torch.Generator().manual_seed(seed + 100 * (method == "cfg"))
     trace = [
-        Step(
+        Frame(
             t=900 - 300 * i,
             x0=torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1,
             labels=torch.randint(len(WORDS) - 1, (1, *GRID), generator=generator),

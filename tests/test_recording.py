@@ -1,16 +1,19 @@
 """Recording changes nothing, sees the right maps, grows with nothing, and leaves no trace."""
 
+import dataclasses
+import gc
 import weakref
 
 import pytest
 import torch
 from conftest import assert_close
 from diffusers import UNet2DConditionModel
+from tiny import LATENT_UNET, tiny_unet
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scfg
 from scfg import evidence
 from scfg.models.unet import UNet, UNetConfig
-from scfg.recording import recorder as attention
 from scfg.recording.hooks import find_blocks
 
 COMMON = {"norm_num_groups": 8, "layers_per_block": 1, "cross_attention_dim": 24}
@@ -284,34 +287,29 @@ def test_two_wrappers_of_one_unet_do_not_meet():
     assert hooks(net) == 0
 
 
-def test_what_is_kept_does_not_grow_with_layers(monkeypatch):
+def tensors_alive():
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    storages = {}
+    for x in gc.get_objects():
+        if isinstance(x, torch.Tensor):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_what_is_kept_does_not_grow_with_layers():
     kept = {}
     for depth in (1, 4):
-        monkeypatch.setitem(
-            NETS,
-            "own",
-            lambda depth=depth: UNet(
-                UNetConfig(
-                    in_channels=4,
-                    out_channels=4,
-                    block_out_channels=(16, 32),
-                    transformer_depth=(depth, depth),
-                    heads=(2, 2),
-                    layers_per_block=1,
-                    cross_attention_dim=24,
-                    norm_groups=8,
-                )
-            ),
-        )
-        net, args, _ = build("own")
-        unet = scfg.UNetWrapper(net, scfg.SCFGConfig(map_reduction=1, coarsest_reduction=2))
-        unet(*args)
-        (call,) = unet._calls
-        assert all(x.self_map is None and x.cross_map is None for x in unet.attention)
-        kept[depth] = sum(x.numel() for level in call.levels.values() for x in level)
-        assert not any(a.seen or a.x is not None for a in unet._recorder._attentions)
-        assert len(call.order) == 6 * depth + 1
-    assert kept[1] == kept[4]
+        config = dataclasses.replace(LATENT_UNET, transformer_depth=(depth,) * 4)
+        net = tiny_unet(config=config)
+        x, t, context = torch.randn(4, 4, 18, 26), torch.tensor(500), torch.randn(4, 7, 24)
+        with scfg.UNetWrapper(net, ALL_LEVELS) as unet:
+            unet(x, t, context)
+            unet.regions(2)
+            before = tensors_alive()
+            unet.remove()
+            kept[depth] = before - tensors_alive()
+    assert kept[1] == kept[4] > 0
 
 
 def test_nothing_is_kept_of_layers_at_other_resolutions():
@@ -340,6 +338,21 @@ def test_nothing_is_kept_of_layers_at_other_resolutions():
     assert sizes == {18 * 26, 9 * 13, 5 * 7}
 
 
+class ShapesSeen(TorchDispatchMode):
+    """Shapes of everything that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.shapes.add(tuple(x.shape))
+        return result
+
+
 @pytest.mark.parametrize("propagation", ["paper", "official", "none"])
 def test_maps_over_the_budget_are_applied_and_never_formed(monkeypatch, propagation):
     net, args, _ = build("own", size=(17, 25))
@@ -349,15 +362,11 @@ def test_maps_over_the_budget_are_applied_and_never_formed(monkeypatch, propagat
         unet(*args)
         expected = unet.guide(*eps, 6.0)
         monkeypatch.setattr(evidence, "MAP_BUDGET", 4 * 117 * 117 * 4)
-        formed = []
-        monkeypatch.setattr(
-            attention.ops,
-            "attention_maps",
-            lambda *a, real=attention.ops.attention_maps: formed.append(a[0].shape[1]) or real(*a),
-        )
-        unet(*args)
-        out = unet.guide(*eps, 6.0)
-    assert set(formed) == (set() if propagation == "none" else {117, 35})
+        with ShapesSeen() as seen:
+            unet(*args)
+            out = unet.guide(*eps, 6.0)
+    formed = {n for n in (17 * 25, 117, 35) if (4, n, n) in seen.shapes}
+    assert formed == (set() if propagation == "none" else {117, 35})
     assert (out.labels == expected.labels).float().mean() > 0.99
     assert_close(actual=out.rate.mean(), expected=expected.rate.mean(), atol=1e-2)
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from scfg.adapters.around import around
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided
+from scfg.guidance import Guided, find_regions
 from scfg.recording.phrases import phrase_weights
 from scfg.recording.recorder import AttentionRecorder
-from scfg.recording.run import Steps
+from scfg.recording.run import Run
 
 MARK = "_guided_by_scfg"  # attribute of a U-Net that is attached to
 
@@ -77,23 +77,24 @@ def attach(
     if tells == (guidance_scale is not None):
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
-    steps = Steps(config, backend, callback, start, stop, every)
-    guide = _Guide(pipe, guidance_scale, steps, token_weights, observe)
+    run = Run(config, backend, callback, start, stop, every)
+    attached = _Attached(pipe, guidance_scale, run, token_weights, observe)
     try:
-        guide.add(unet)
+        attached.add(unet)
         yield pipe
     finally:
-        guide.remove()
+        attached.remove()
 
 
-class _Guide:
+class _Attached:
     """Hooks around the U-Net of one pipeline, and what they have to know about its run."""
 
-    def __init__(self, pipe, guidance_scale, steps: Steps, token_weights, observe: bool):
-        self.pipe, self.guidance_scale, self.steps = pipe, guidance_scale, steps
+    def __init__(self, pipe, guidance_scale, run: Run, token_weights, observe: bool):
+        self.pipe, self.guidance_scale, self.run = pipe, guidance_scale, run
         self.observe = observe
-        self.token_weights = token_weights
-        self.table = token_weights if isinstance(token_weights, Tensor) else None
+        by_phrase = isinstance(token_weights, Mapping)
+        self.phrases: Mapping[str, float] = token_weights if by_phrase else {}
+        self.token_weights = None if by_phrase else token_weights
         self.recorder: AttentionRecorder | None = None
         self.acting = self.recording = False
         self._undo: list[Callable[[], object]] = []
@@ -105,10 +106,10 @@ class _Guide:
         module = getattr(unet, "_orig_mod", unet)  # inside torch.compile(unet)
         vars(module)[MARK] = self
         self._undo.append(lambda: vars(module).pop(MARK))
-        self.recorder = AttentionRecorder(unet, self.steps.config, self.steps.backend)
+        self.recorder = self.run.recorder(unet)
         self._undo.append(self.recorder.remove)
         self._undo.append(around(unet, self.before, self.after, self.recorder.abort))
-        if isinstance(self.token_weights, Mapping):
+        if self.phrases:
             self._read_prompts()
 
     def remove(self) -> None:
@@ -131,7 +132,7 @@ class _Guide:
                     "give a tensor of weights (see scfg.recording.phrases.phrase_weights)"
                 )
             prompt = convert(prompt, pipe.tokenizer)
-            self.table = phrase_weights(pipe.tokenizer, prompt, self.token_weights)
+            self.token_weights = phrase_weights(pipe.tokenizer, prompt, self.phrases)
             return encode(*args, **kwargs)
 
         pipe.encode_prompt = encode_prompt
@@ -152,7 +153,7 @@ class _Guide:
         schedule = self.pipe.scheduler.timesteps
         if schedule is not self._schedule:  # schedulers make a new one for each run
             self._schedule = schedule
-            self.steps.forget()
+            self.run.begin()
             levels = [float(level) for level in schedule]
             begin = levels.index(float(t))
             count = getattr(self.pipe, "num_timesteps", None) or len(levels)
@@ -163,11 +164,11 @@ class _Guide:
         """Decide whether S-CFG acts on this call, and start recording."""
         self.recorder.abort()
         self.acting = self._scale() > 1
-        if self.acting and not self.steps.always:
+        if self.acting and not self.run.always:
             t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            step = self._step(t)
-            self.acting = self.steps.acts(*step)
-            self.recording = self.steps.finds(*step)
+            step, steps = self._step(t)
+            self.acting = self.run.acts_at(step, steps)
+            self.recording = self.acting and self.run.records_at(step, steps)
         else:
             self.recording = self.acting
         if self.acting:
@@ -204,11 +205,16 @@ class _Guide:
         scale, b = self._scale(), len(prediction) // self._parts()
         eps = prediction[:, : prediction.shape[1] // 2] if self._learns(prediction) else prediction
         uncond, text = eps[:b], eps[b : 2 * b]
-        branches = None
         if self.recording:
             evidence = self.recorder.finish()
-            branches = evidence.rows(0, b), evidence.rows(b, 2 * b)
-        rate = self.steps.guide(uncond, text, branches, scale, self.table).rate
+            regions = find_regions(
+                uncond=evidence.rows(0, b),
+                text=evidence.rows(b, 2 * b),
+                config=self.run.config,
+                backend=self.run.backend,
+            )
+            self.run.keep(regions)
+        rate = self.run.guide(uncond, text, scale, self.token_weights).rate
         if self.observe:
             return prediction
         wide = text.to(rate.dtype)

@@ -1,6 +1,6 @@
-"""Draw with a pipeline of diffusers as `scfg.drawing.generate` draws with the embedded model."""
+"""Draw with a pipeline of diffusers what `scfg.drawing.generate` draws with the embedded model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from scfg.adapters.diffusers import attach
 from scfg.config import SCFGConfig
-from scfg.drawing.generate import METHODS, Generated, Step, check_request
+from scfg.drawing.generate import Frame, Generated, Request, frames
 from scfg.guidance import Guided
 
-SAMPLERS = {
+SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -21,49 +21,25 @@ THUMBNAIL = 128  # pixels, the longer side of the images of a trace
 
 
 @torch.no_grad()
-def generate(
+def draw(
     pipe,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    method: str = "scfg",
-    guidance_scale: float = 7.5,
-    steps: int = 50,
-    sampler: str | None = "ddim",
-    config: SCFGConfig = SCFGConfig(),  # noqa: B008  (frozen)
-    backend: str = "auto",
-    trace: bool = False,
-    callback: Callable[[], object] | None = None,
+    request: Request,
+    after_step: Callable[[], object] | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
-    token_weights: Mapping[str, float] | None = None,
-    start: float = 0.0,
-    stop: float = 1.0,
-    every: int = 1,
+    own_scheduler: bool = False,
 ) -> Generated:
-    """Draw one image per prompt, all in one batch: `scfg.drawing.generate.generate` for a pipeline.
+    """Draw with a pipeline; the images of a trace are at most 128 pixels a side.
 
     Args:
-        pipe: From `load`.
-        prompts: b prompts.
-        seeds: b seeds; image i starts from noise of seeds[i] alone.
-        method: One of `scfg.drawing.generate.METHODS`.
-        guidance_scale: > 1.
-        steps: Number of steps.
-        sampler: One of `SAMPLERS`, or None for the pipeline's own scheduler.
-        config: Constants of S-CFG.
-        backend: See `scfg.ops`.
-        trace: Keep every step; its images are at most 128 pixels a side. Plain CFG then records
-            attention too, only to be looked at.
-        callback: Called after every step.
+        pipe: From `scfg.adapters.checkpoints.load`.
+        request: What to draw, at a guidance scale above 1.
+        after_step: Called after every step.
         negative_prompt: Of every image.
         height: Pixels; None: what the model was made for.
         width: Pixels.
-        token_weights: See `scfg.adapters.diffusers.attach`.
-        start: See there.
-        stop: See there.
-        every: See there.
+        own_scheduler: Sample with the pipeline's own scheduler, not with the request's sampler.
 
     Returns:
         Generated, images (b, 3, height, width).
@@ -71,41 +47,47 @@ def generate(
     Raises:
         ValueError: An argument is out of range.
     """
-    choices = dict(method=(method, METHODS), sampler=(sampler, (*SAMPLERS, None)))
-    check_request(prompts, seeds, **choices)
-    if not guidance_scale > 1:
-        raise ValueError(f"guidance_scale must be > 1, got {guidance_scale}")
-    watch = _Trace(guidance_scale) if trace else None
-    options = dict(config=config, backend=backend, token_weights=token_weights)
-    options |= dict(start=start, stop=stop, every=every, observe=method == "cfg")
+    if not request.guidance_scale > 1:
+        raise ValueError(f"guidance_scale must be > 1, got {request.guidance_scale}")
+    watch = _Trace(request.guidance_scale) if request.trace else None
     own = pipe.scheduler
     try:
-        if sampler is not None:
-            pipe.scheduler = _scheduler(SAMPLERS[sampler], own)
+        if not own_scheduler:
+            pipe.scheduler = _scheduler(SCHEDULERS[request.sampler], own)
         with ExitStack() as stack:
-            if watch is not None or method == "scfg":
-                notice = None if watch is None else watch.notice
-                stack.enter_context(attach(pipe, callback=notice, **options))
+            if watch is not None or request.method == "scfg":
+                guide = attach(
+                    pipe,
+                    config=SCFGConfig() if request.config is None else request.config,
+                    backend=request.backend,
+                    callback=None if watch is None else watch.notice,
+                    token_weights=request.token_weights or None,
+                    start=request.start,
+                    stop=request.stop,
+                    every=request.every,
+                    observe=request.method == "cfg",
+                )
+                stack.enter_context(guide)
             if watch is not None:  # after attach: it sees what the pipeline gets
                 hook = pipe.unet.register_forward_hook(watch.after, with_kwargs=True)
                 stack.callback(hook.remove)
             images = pipe(
-                list(prompts),
-                negative_prompt=[negative_prompt] * len(prompts),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
+                list(request.prompts),
+                negative_prompt=[negative_prompt] * len(request.prompts),
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance_scale,
                 height=height,
                 width=width,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
                 output_type="pt",
-                callback_on_step_end=_counting(callback),
+                callback_on_step_end=_counting(after_step),
             ).images
-        history = () if watch is None else watch.steps(pipe)
+        trace = () if watch is None else watch.frames(pipe)
     finally:
         pipe.scheduler = own
-    words = tuple(prompt_words(pipe.tokenizer, prompt) for prompt in prompts)
+    words = tuple(prompt_words(pipe.tokenizer, prompt) for prompt in request.prompts)
     images = images.float().cpu() * 2 - 1
-    return Generated(method, tuple(prompts), tuple(seeds), words, images, history)
+    return Generated(request.method, request.prompts, request.seeds, words, images, trace)
 
 
 def _scheduler(name: str, own):
@@ -162,22 +144,11 @@ class _Trace:
         eps = uncond + self.guidance_scale * (text - uncond)
         self.calls.append((float(args[1]), latents, eps))
 
-    def steps(self, pipe) -> tuple[Step, ...]:
-        """The calls as steps; where S-CFG did not act, the rate is 1 and regions are the nearest.
-
-        Raises:
-            ValueError: It never acted.
-        """
-        if not self.guided:
-            raise ValueError("the window from start to stop must hold a step, it holds none")
-        steps = []
+    def frames(self, pipe) -> tuple[Frame, ...]:
+        """The calls as frames."""
         images = _decode(pipe, [_clean(pipe.scheduler, *call) for call in self.calls])
-        for i, (t, latents, _) in enumerate(self.calls):
-            out = self.guided[min(self.guided, key=lambda j: abs(i - j))]
-            rate = out.rate[:, 0] if i in self.guided else latents.new_ones(out.rate[:, 0].shape)
-            rest = (tensor.cpu() for tensor in (out.labels, out.foreground, rate))
-            steps.append(Step(round(t), images[i], *rest))
-        return tuple(steps)
+        steps = [(round(call[0]), image) for call, image in zip(self.calls, images, strict=True)]
+        return frames(steps, self.guided)
 
 
 def _clean(scheduler, t: float, latents: Tensor, prediction: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided
+from scfg.guidance import Guided, find_regions
 from scfg.recording.recorder import AttentionRecorder
-from scfg.recording.run import Steps
+from scfg.recording.run import Run
 
 
 class SemanticGuidance(ClassifierFreeGuidance):
@@ -72,7 +72,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
             token_weights=None if weights is None else weights.tolist(),
         )
         self._weights = weights
-        self._steps = Steps(scfg_config, backend, callback, every=every)
+        self._run = Run(scfg_config, backend, callback, every=every)
         self._unet: nn.Module | None = None  # with hooks on
         self._recorder: AttentionRecorder | None = None
         self._remove_hooks: Callable | None = None
@@ -82,23 +82,23 @@ class SemanticGuidance(ClassifierFreeGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         """Begin a step."""
         if self._step is None or step <= self._step:
-            self._steps.forget()
+            self._run.begin()
         super().set_state(step, num_inference_steps, timestep)
         self._evidence = {}
 
-    def _finds(self) -> bool:
+    def _records(self) -> bool:
         """Whether regions are found on this step."""
         total = self._num_inference_steps or 1
-        return self._steps.finds((self._step or 0) - int(self._start * total), total)
+        return self._run.records_at((self._step or 0) - int(self._start * total), total)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Get ready to record the next call of the U-Net."""
         super().prepare_models(denoiser)
-        if not self._is_cfg_enabled() or not self._finds():
+        if not self._is_cfg_enabled() or not self._records():
             return
         if self._unet is not denoiser:
             self.remove()
-            self._recorder = AttentionRecorder(denoiser, self._steps.config, self._steps.backend)
+            self._recorder = self._run.recorder(denoiser)
             self._remove_hooks = around(denoiser, self._before, self._after, self.remove)
             self._unet = denoiser
         self._recording = self._input_predictions[self._count_prepared - 1]
@@ -145,10 +145,15 @@ class SemanticGuidance(ClassifierFreeGuidance):
 
     def _guide(self, pred_uncond: Tensor, pred_cond: Tensor, scale: float) -> Tensor:
         uncond, text = (self._evidence.pop(f"pred_{name}", None) for name in ("uncond", "cond"))
-        branches = (uncond, text) if self._finds() else None
-        if branches is not None and None in branches:
-            raise RuntimeError("the U-Net must be called once for each branch; a call is missing")
-        return self._steps.guide(pred_uncond, pred_cond, branches, scale, self._weights).eps
+        if self._records():
+            if uncond is None or text is None:
+                raise RuntimeError(
+                    "the U-Net must be called once for each branch; a call is missing"
+                )
+            config, backend = self._run.config, self._run.backend
+            regions = find_regions(uncond=uncond, text=text, config=config, backend=backend)
+            self._run.keep(regions)
+        return self._run.guide(pred_uncond, pred_cond, scale, self._weights).eps
 
     def _leave_after_last_step(self) -> None:
         total = self._num_inference_steps

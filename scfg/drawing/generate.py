@@ -1,7 +1,7 @@
-"""Images from prompts, with plain CFG or S-CFG, and what guidance did at every step."""
+"""What to draw and how, what came of it, and the embedded model drawn."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,24 +11,79 @@ from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg
 from scfg.models.embedded import ShapesModel
 from scfg.models.text import END, START
-from scfg.recording.phrases import find_phrase
-from scfg.recording.recorder import AttentionRecorder
-from scfg.recording.run import Steps
+from scfg.recording.phrases import weigh_phrases
+from scfg.recording.run import Run
+from scfg.recording.wrapper import Predictor
 
-METHODS = ("cfg", "scfg")
-SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral")
-SHAPES_CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is 16 x 16 and 8 x 8
+METHODS = {"cfg": "CFG", "scfg": "S-CFG"}
+SAMPLERS = {
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPM-Solver++(2M)",
+    "euler": "Euler",
+    "euler_ancestral": "Euler ancestral",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to draw, all in one batch; image i starts from noise of seeds[i] alone.
+
+    Attributes:
+        prompts: b prompts.
+        seeds: b seeds, one per prompt.
+        guidance_scale: > 0; 1 is no guidance.
+        method: One of `METHODS`.
+        steps: Number of denoising steps.
+        sampler: One of `SAMPLERS`.
+        config: Constants of S-CFG; None: those that suit the model.
+        backend: See `scfg.ops`.
+        trace: Keep every step. Plain CFG then records attention too, only to be looked at.
+        token_weights: Factors of the rates of phrases, as ``{"blue square": 1.5}``.
+        start: See `Run`.
+        stop: See `Run`.
+        every: See `Run`.
+
+    Raises:
+        ValueError: There is no prompt, or not one seed for each, or a method or sampler is none of
+            the known.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    guidance_scale: float
+    method: str = "scfg"
+    steps: int = 50
+    sampler: str = "ddim"
+    config: SCFGConfig | None = None
+    backend: str = "auto"
+    trace: bool = False
+    token_weights: Mapping[str, float] = field(default_factory=dict)
+    start: float = 0.0
+    stop: float = 1.0
+    every: int = 1
+
+    def __post_init__(self):
+        prompts, seeds = len(self.prompts), len(self.seeds)
+        if not prompts or prompts != seeds:
+            raise ValueError(f"seeds must be one per prompt, got {seeds} for {prompts}")
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("sampler", self.sampler, SAMPLERS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {tuple(known)}, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Frame:
     """One denoising step of b images, on the CPU.
 
-    Where plain CFG acted, regions and rate are those that S-CFG would have used.
+    Where S-CFG did not act, the rate is 1 and regions are those of the nearest step on which it
+    did; plain CFG shows what S-CFG would have done on the steps of the window.
 
     Attributes:
         t: Timestep.
-        x0: (b, 3, 64, 64) float32 in [-1, 1], the image that the guided prediction points to.
+        x0: (b, 3, h', w') float32 in [-1, 1], the image that the guided prediction points to.
         labels: (b, h, w) int64, position of the token that owns each patch.
         foreground: (b, h, w) bool.
         rate: (b, H, W) float32, multiplier of the guidance scale at each latent pixel.
@@ -41,17 +96,33 @@ class Step:
     rate: Tensor
 
 
+def frames(steps: Sequence[tuple[int, Tensor]], guided: Mapping[int, Guided]) -> tuple[Frame, ...]:
+    """Frames of a run.
+
+    Args:
+        steps: Timestep and x0 of every step.
+        guided: By number of the step, what S-CFG did; of one step at least.
+    """
+    found = []
+    for i, (t, x0) in enumerate(steps):
+        out = guided[min(guided, key=lambda j: abs(i - j))]
+        rate = out.rate[:, 0] if i in guided else torch.ones_like(out.rate[:, 0])
+        labels, foreground = out.labels.cpu(), out.foreground.cpu()
+        found.append(Frame(t, x0.cpu(), labels, foreground, rate.float().cpu()))
+    return tuple(found)
+
+
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """Result of `generate`, on the CPU.
+    """Images drawn, on the CPU.
 
     Attributes:
         method: One of `METHODS`.
         prompts: b prompts.
         seeds: b seeds.
         words: Per image, the word at every token position; None at START, END and padding.
-        images: (b, 3, 64, 64) float32 in [-1, 1].
-        trace: One `Step` per denoising step, in the order of sampling; empty unless asked for.
+        images: (b, 3, h, w) float32 in [-1, 1].
+        trace: One `Frame` per denoising step, in the order of sampling; empty unless asked for.
     """
 
     method: str
@@ -59,48 +130,19 @@ class Generated:
     seeds: tuple[int, ...]
     words: tuple[tuple[str | None, ...], ...]
     images: Tensor
-    trace: tuple[Step, ...]
+    trace: tuple[Frame, ...]
 
 
 @torch.no_grad()
-def generate(
-    model: ShapesModel,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    method: str = "scfg",
-    guidance_scale: float = 2.5,
-    steps: int = 50,
-    sampler: str = "ddim",
-    config: SCFGConfig = SHAPES_CONFIG,
-    backend: str = "auto",
-    trace: bool = False,
-    callback: Callable[[], object] | None = None,
-    token_weights: Mapping[str, float] | None = None,
-    start: float = 0.0,
-    stop: float = 1.0,
-    every: int = 1,
+def draw(
+    model: ShapesModel, request: Request, after_step: Callable[[], object] | None = None
 ) -> Generated:
-    """Draw one image per prompt, all in one batch.
-
-    Image i starts from noise of seeds[i] alone: the same noise whatever the method and the batch.
+    """Draw with the embedded model.
 
     Args:
         model: The model, on any device.
-        prompts: b prompts.
-        seeds: b seeds, one per prompt.
-        method: One of `METHODS`.
-        guidance_scale: > 0; 1 is no guidance.
-        steps: Number of predictions.
-        sampler: One of `SAMPLERS`.
-        config: Constants of S-CFG.
-        backend: See `scfg.ops`.
-        trace: Keep every step. Plain CFG then records attention too, only to be looked at.
-        callback: Called after every step.
-        token_weights: Factors of the rates of phrases, as ``{"blue square": 1.5}``.
-        start: S-CFG acts from this fraction of the steps on; plain CFG before it.
-        stop: It acts until this fraction.
-        every: Regions are found on every so many steps and kept in between.
+        request: What to draw.
+        after_step: Called after every step.
 
     Returns:
         Generated.
@@ -110,131 +152,80 @@ def generate(
             argument is out of range, or a sampler that draws noise on its way is given several
             images, whose noise would then depend on each other.
     """
-    check_request(prompts, seeds, method=(method, METHODS), sampler=(sampler, SAMPLERS))
-    if sampler == "euler_ancestral" and len(prompts) > 1:
-        raise ValueError(f"sampler {sampler!r} draws one image at a time, got {len(prompts)}")
-
-    context = torch.cat([model.encode([""] * len(prompts)), model.encode(prompts)])  # (2b, t, d)
-    rule = Steps(config, backend, None, start, stop, every)
-    weights = None if token_weights is None else _weights(model, prompts, token_weights)
-    guidance = (guidance_scale, rule, weights)
-    predict = _Predictor(model, context, steps, *guidance, acts=method == "scfg", looks=trace)
-    history: list[Step] = []
+    b = len(request.prompts)
+    if request.sampler == "euler_ancestral" and b > 1:
+        raise ValueError(f"sampler {request.sampler!r} draws one image at a time, got {b}")
+    uncond, cond = model.encode([""] * b), model.encode(request.prompts)
+    steps: list[tuple[int, Tensor]] = []
+    guided: dict[int, Guided] = {}
 
     def after(i: int, t: int, x: Tensor, eps: Tensor) -> None:
-        if trace:
-            history.append(_step(model, t, x, eps, predict.guided))
-        if callback is not None:
-            callback()
+        steps.append((t, _denoised(model, t, x, eps) if request.trace else x.new_empty(0)))
+        if after_step is not None:
+            after_step()
 
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def notice(out: Guided) -> None:
+        if request.trace:
+            guided[len(steps)] = out
+
+    predictor = _predictor(model, request, notice)
+    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
-    noise = noise.to(context.device)  # drawn on the CPU: the same there and on a GPU
-    options = {"generator": generators[0], "callback": after}
+    sampler = getattr(sampling, request.sampler)
     try:
-        latents = getattr(sampling, sampler)(predict, noise, model.schedule, steps, **options)
+        latents = sampler(
+            lambda x, t: predictor(x, t, uncond, cond),
+            noise.to(cond.device),  # drawn on the CPU: the same there and on a GPU
+            model.schedule,
+            request.steps,
+            generator=generators[0],
+            callback=after,
+        )
     finally:
-        predict.remove()
-    words = tuple(_words(model, prompt) for prompt in prompts)
+        if isinstance(predictor, Predictor):
+            predictor.remove()
+    words = tuple(_words(model, prompt) for prompt in request.prompts)
     images = model.decode(latents).cpu()
-    return Generated(method, tuple(prompts), tuple(seeds), words, images, tuple(history))
+    trace = frames(steps, guided) if request.trace else ()
+    return Generated(request.method, request.prompts, request.seeds, words, images, trace)
 
 
-def check_request(
-    prompts: Sequence[str], seeds: Sequence[int], **choices: tuple[object, Sequence]
-) -> None:
-    """Check what every way to generate is asked for.
+def _predictor(model: ShapesModel, request: Request, notice: Callable[[Guided], None]) -> Callable:
+    """The predictor ``(x, t, uncond, cond) -> eps`` that a request asks for."""
+    if request.method == "cfg" and not request.trace:
 
-    Args:
-        prompts: b prompts.
-        seeds: b seeds.
-        choices: By name of the argument, what was chosen and what can be.
+        def plain(x: Tensor, t: Tensor, uncond: Tensor, cond: Tensor) -> Tensor:
+            context = torch.cat([uncond, cond])
+            both = model.unet(torch.cat([x, x]), torch.cat([t, t]), context)
+            return cfg(*both.chunk(2), request.guidance_scale)
 
-    Raises:
-        ValueError: There is no prompt, or not one seed for each, or a choice is none of the known.
-    """
-    if not prompts or len(prompts) != len(seeds):
-        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {len(prompts)}")
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
-
-
-class _Predictor:
-    """Guided predictions of one drawing: S-CFG where it acts, else plain CFG.
-
-    Attributes:
-        guided: S-CFG of the last step on which it acted or, with looks, of the last step.
-    """
-
-    def __init__(
-        self,
-        model: ShapesModel,
-        context: Tensor,
-        steps: int,
-        guidance_scale: float,
-        rule: Steps,
-        weights: Tensor | None,
-        acts: bool,
-        looks: bool,
-    ):
-        self.model, self.context, self.steps = model, context, steps
-        self.guidance_scale, self.rule, self.weights = guidance_scale, rule, weights
-        self.acts, self.looks = acts, looks
-        self.guided: Guided | None = None
-        self._numbers = iter(range(steps))
-        self._recorder = None
-        if acts or looks:
-            self._recorder = AttentionRecorder(model.unet, rule.config, rule.backend)
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction eps (b, c, H, W) for a latent x at timesteps t (b,)."""
-        i = next(self._numbers)
-        acts = self.acts and self.rule.acts(i, self.steps)
-        looks = acts or self.looks
-        finds = looks and self.rule.finds(i, self.steps)
-        both = torch.cat([x, x])
-        if finds:
-            self._recorder.start(both)
-        eps_uncond, eps_text = self.model.unet(both, torch.cat([t, t]), self.context).chunk(2)
-        if looks:
-            branches = None
-            if finds:
-                evidence, b = self._recorder.finish(), len(x)
-                branches = evidence.rows(0, b), evidence.rows(b, 2 * b)
-            settings = (branches, self.guidance_scale, self.weights)
-            self.guided = self.rule.guide(eps_uncond, eps_text, *settings)
-        return self.guided.eps if acts else cfg(eps_uncond, eps_text, self.guidance_scale)
-
-    def remove(self) -> None:
-        """Leave the model as it was found."""
-        if self._recorder is not None:
-            self._recorder.remove()
+        return plain
+    config = model.config if request.config is None else request.config
+    run = Run(config, request.backend, notice, request.start, request.stop, request.every)
+    return Predictor(
+        model.unet,
+        model.unet,
+        request.guidance_scale,
+        run,
+        token_weights=_weights(model, request),
+        levels=model.schedule.timesteps(request.steps),
+        observe=request.method == "cfg",
+    )
 
 
-def _step(model: ShapesModel, t: int, x: Tensor, eps: Tensor, guided: Guided) -> Step:
+def _denoised(model: ShapesModel, t: int, x: Tensor, eps: Tensor) -> Tensor:
+    """The image (b, 3, 64, 64) that a prediction points to."""
     abar = model.schedule.alphas_cumprod[t].item()
-    x0 = model.decode((x - (1 - abar) ** 0.5 * eps) / abar**0.5)
-    rest = (x0, guided.labels, guided.foreground, guided.rate[:, 0])
-    return Step(t, *(tensor.cpu() for tensor in rest))
+    return model.decode((x - (1 - abar) ** 0.5 * eps) / abar**0.5)
 
 
-def _weights(
-    model: ShapesModel, prompts: Sequence[str], token_weights: Mapping[str, float]
-) -> Tensor:
+def _weights(model: ShapesModel, request: Request) -> Tensor | None:
     """Weights of tokens (b, t), 1 where no phrase is."""
-    texts = [model.tokenizer.tokens(prompt) for prompt in prompts]
-    table = torch.ones(len(texts), len(texts[0]))
-    for phrase, weight in token_weights.items():
-        words = phrase.lower().split()
-        spans = [(row, i) for row, text in enumerate(texts) for i in find_phrase(text, words)]
-        if not words or not spans:
-            raise ValueError(
-                f"token_weights has the phrase {phrase!r}, which is not in {list(prompts)}"
-            )
-        for row, i in spans:
-            table[row, i : i + len(words)] = weight
-    return table
+    if not request.token_weights:
+        return None
+    texts = [model.tokenizer.tokens(prompt) for prompt in request.prompts]
+    phrases = {phrase: phrase.lower().split() for phrase in request.token_weights}
+    return weigh_phrases(texts, phrases, request.token_weights)
 
 
 def _words(model: ShapesModel, prompt: str) -> tuple[str | None, ...]:

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from scfg.drawing.generate import Generated, Step
+from scfg.drawing.generate import Frame, Generated
 from scfg.drawing.picture import NO_WORD, VIRIDIS, rate_range, to_pillow, word_colours
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def page(images: Sequence[dict[str, Generated]], settings: str) -> str:
+def page(images: Sequence[dict[str, Generated]], how: str) -> str:
     """The page: no server, no network, no other file.
 
     Args:
         images: Per image, `Generated` of one image with its trace, by method; all of one prompt.
-        settings: How the images were made, in a few words.
+        how: How the images were made, in a few words.
 
     Returns:
         HTML.
@@ -31,7 +31,7 @@ def page(images: Sequence[dict[str, Generated]], settings: str) -> str:
     colours = word_colours(first.words[0], [step.labels[0] for step in steps])
     data = {
         "prompt": first.prompts[0],
-        "settings": settings,
+        "settings": how,
         "words": first.words[0],
         "colours": [colours.get(i, NO_WORD) for i in range(len(first.words[0]))],
         "timesteps": [step.t for step in first.trace],
@@ -53,7 +53,7 @@ def page(images: Sequence[dict[str, Generated]], settings: str) -> str:
     return parts[0].replace("{{title}}", title) + embedded + parts[1]
 
 
-def _trace(trace: Sequence[Step]) -> dict:
+def _trace(trace: Sequence[Frame]) -> dict:
     """Predictions as one tall PNG, labels and rates as one row of numbers per step."""
     frames = [to_pillow(step.x0[0]) for step in trace]
     width, height = frames[0].size

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scfg.drawing.generate import Generated
+from scfg.drawing.generate import METHODS, Generated
 from scfg.drawing.picture import (
     CELL,
     INK,
@@ -25,16 +25,15 @@ GAP, MARGIN, SIDE = 20, 48, 96  # pixels: between cells, border, labels of rows
 BAR = 92  # the colour bar and its numbers
 FAINT = "#5d6672"
 NOBODY = "no word (START, END, padding)"
-NAMES = {"cfg": "CFG", "scfg": "S-CFG"}
 
 
-def panel(images: Sequence[dict[str, Generated]], step: int, settings: str) -> Image.Image:
+def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.Image:
     """Plain CFG and S-CFG from the same noise, token regions and rate: one row per image.
 
     Args:
         images: Per row, `Generated` of one image with its trace, by method; all of one prompt.
         step: Index of the step whose regions and rate are shown: of S-CFG where it is there.
-        settings: How the images were made, for the line under the title.
+        how: How the images were made, for the line under the title.
 
     Returns:
         The picture.
@@ -49,12 +48,12 @@ def panel(images: Sequence[dict[str, Generated]], step: int, settings: str) -> I
         pictures = [enlarge(to_pillow(row[method].images[0])) for method in row]
         regions = draw_regions(result.images[0], label, words, colours)
         cells.append([*pictures, regions, draw_rate(rate, *limits)])
-    titles = [NAMES[method] for method in images[0]]
+    titles = [METHODS[method] for method in images[0]]
     steps = len(shown[0].trace)
-    source = f"regions and rate: step {step + 1} of {steps} of {NAMES[shown[0].method]}"
+    source = f"regions and rate: step {step + 1} of {steps} of {METHODS[shown[0].method]}"
     return _compose(
         shown[0].prompts[0],
-        f"{settings} \u00b7 {source}",
+        f"{how} \u00b7 {source}",
         [*titles, "Token regions", "Rate"],
         [f"seed {result.seeds[0]}" for result in shown],
         cells,
@@ -63,12 +62,12 @@ def panel(images: Sequence[dict[str, Generated]], step: int, settings: str) -> I
     )
 
 
-def strip(result: Generated, settings: str, columns: int = 8) -> Image.Image:
+def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
     """Prediction, token regions and rate of one image at several steps, first to last.
 
     Args:
         result: One image with its trace.
-        settings: As for `panel`.
+        how: As for `panel`.
         columns: Number of steps shown, evenly spaced; all of them if there are fewer.
 
     Returns:
@@ -86,7 +85,7 @@ def strip(result: Generated, settings: str, columns: int = 8) -> Image.Image:
     ]
     return _compose(
         result.prompts[0],
-        f"{NAMES[result.method]} \u00b7 seed {result.seeds[0]} \u00b7 {settings}",
+        f"{METHODS[result.method]} \u00b7 seed {result.seeds[0]} \u00b7 {how}",
         [f"step {i + 1}" for i in picks],
         ["image", "regions", "rate"],
         cells,

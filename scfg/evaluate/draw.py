@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from scfg import ops, reference, sampling
-from scfg.drawing.generate import SHAPES_CONFIG
 from scfg.guidance import cfg
 from scfg.methods.samg import samg
-from scfg.models.embedded import ShapesModel
+from scfg.models.embedded import CONFIG, ShapesModel
 from scfg.models.shapes import Scene, caption, sample_scenes
 from scfg.recording.wrapper import UNetWrapper
 
 CONFIGS = {  # ways of guiding that record attention
-    "scfg": SHAPES_CONFIG,
-    "scfg_none": replace(SHAPES_CONFIG, propagation="none"),
-    "scfg_image": replace(SHAPES_CONFIG, benchmark="image"),
-    "scfg_official": replace(SHAPES_CONFIG, propagation="official"),
+    "scfg": CONFIG,
+    "scfg_none": replace(CONFIG, propagation="none"),
+    "scfg_image": replace(CONFIG, benchmark="image"),
+    "scfg_official": replace(CONFIG, propagation="official"),
 }
 METHODS = ("cfg", *CONFIGS, "samg")
 SMALL = 4  # patches; smaller regions are left out of the spread over regions

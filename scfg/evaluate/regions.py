@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from scfg.drawing.generate import SHAPES_CONFIG
 from scfg.evaluate.metrics import overlap
 from scfg.guidance import semantic_cfg
-from scfg.models.embedded import ShapesModel, to_latents
+from scfg.models.embedded import CONFIG, ShapesModel, to_latents
 from scfg.models.judge import patch_regions
 from scfg.models.shapes import Scene, caption, render
 from scfg.recording.wrapper import UNetWrapper
@@ -50,7 +49,7 @@ def probe(model: ShapesModel, scenes: Sequence[Scene], indices: Sequence[int], t
     noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
     abar = model.schedule.alphas_cumprod[t].item()
     x = (abar**0.5 * to_latents(images) + (1 - abar) ** 0.5 * noise).to(context.device)
-    with UNetWrapper(model.unet, SHAPES_CONFIG, keep_maps=True) as unet:
+    with UNetWrapper(model.unet, CONFIG, keep_maps=True) as unet:
         eps_uncond, eps_text = unet(torch.cat([x, x]), t, context).chunk(2)
         layers = [(a.reduction, a.self_map, a.cross_map) for a in unet.attention]
     owners = torch.stack([token_owners(model, text) for text in captions])
@@ -83,7 +82,7 @@ def find(
         level: One of `LEVELS`.
         guidance_scale: Regions do not depend on it.
     """
-    config = replace(SHAPES_CONFIG, propagation=propagation, propagation_steps=powers)
+    config = replace(CONFIG, propagation=propagation, propagation_steps=powers)
     maps = [(own, cross) for reduction, own, cross in probe.layers if reduction in LEVELS[level]]
     own_maps, cross_maps = map(list, zip(*maps, strict=True))
     predictions = (probe.eps_uncond, probe.eps_text)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import scfg
-from scfg.drawing.generate import generate
+from scfg.drawing.generate import Request, draw
 from scfg.evaluate import figures, tables
 from scfg.evaluate.draw import scene
 from scfg.evaluate.regions import LEVELS, find, probe
@@ -212,14 +212,14 @@ def _sample_pages(plan: Plan, folder: Path, model: ShapesModel) -> str:
     links = []
     for i in range(min(SAMPLES, plan.samples)):
         prompt = caption(scene(i, PROMPTS))
-        options = {"guidance_scale": SAMPLE_SCALE, "steps": SAMPLE_STEPS, "sampler": "dpmpp_2m"}
+        common = {"guidance_scale": SAMPLE_SCALE, "steps": SAMPLE_STEPS, "sampler": "dpmpp_2m"}
         both = {
-            method: generate(model, [prompt], [i], method=method, trace=True, **options)
+            method: draw(model, Request((prompt,), (i,), method=method, trace=True, **common))
             for method in ("cfg", "scfg")
         }
-        settings = f"{SAMPLE_STEPS} DPM-Solver++(2M) steps, guidance scale {SAMPLE_SCALE:g}"
+        how = f"{SAMPLE_STEPS} DPM-Solver++(2M) steps, guidance scale {SAMPLE_SCALE:g}"
         path = folder / "samples" / f"{i}.html"
-        path.write_text(page([both], settings), encoding="utf-8")
+        path.write_text(page([both], how), encoding="utf-8")
         links.append(f"<li><a href='samples/{i}.html'>{html.escape(prompt)}</a></li>")
     return "".join(links)
 

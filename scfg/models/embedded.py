@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scfg.config import SCFGConfig
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.unet import UNet, UNetConfig
 from scfg.sampling import Schedule, scaled_linear
 
 WEIGHTS = Path(__file__).parent / "weights" / "unet-shapes.safetensors"
 PATCH = 4  # pixels per side of a latent
+CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is 16 x 16 and 8 x 8
 SCALE = 0.5  # latent per pixel value: less signal left at the last timestep than with 1
 UNET = UNetConfig(
     in_channels=3 * PATCH**2,
@@ -75,17 +77,18 @@ class ShapesModel:
 
     Attributes:
         unet: ``(x, t, context) -> eps``, an `nn.Module`: what guidance wraps. Its grid is
-            16 x 16 with attention there and at 8 x 8, so S-CFG runs on it with
-            ``SCFGConfig(map_reduction=1, coarsest_reduction=2)``.
+            16 x 16 with attention there and at 8 x 8.
         text_encoder: Tokens (b, 16) to context (b, 16, c).
         tokenizer: Captions to tokens.
         schedule: The noise levels it was trained on.
+        config: The constants of S-CFG that suit its grid.
     """
 
     unet: EpsPredictor
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: Schedule
+    config: SCFGConfig = CONFIG
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

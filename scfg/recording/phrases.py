@@ -1,49 +1,79 @@
 """From weights of phrases, as people write them, to weights of tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
-def find_phrase(ids: Sequence[int], phrase: Sequence[int]) -> list[int]:
-    """Where a phrase begins in a text, both as token numbers: every place, in order."""
-    places = range(len(ids) - len(phrase) + 1)
-    return [i for i in places if list(ids[i : i + len(phrase)]) == list(phrase)]
+def find_phrase(text: Sequence[Hashable], phrase: Sequence[Hashable]) -> list[int]:
+    """Where a phrase begins in a text, both as tokens: every place, in order.
+
+    >>> find_phrase([7, 1, 2, 1, 2, 9], [1, 2])
+    [1, 3]
+    """
+    places = range(len(text) - len(phrase) + 1)
+    return [i for i in places if list(text[i : i + len(phrase)]) == list(phrase)]
+
+
+def weigh_phrases(
+    texts: Sequence[Sequence[Hashable]],
+    phrases: Mapping[str, Sequence[Hashable]],
+    weights: Mapping[str, float],
+) -> Tensor:
+    """Weights of tokens, to be given as ``token_weights``, from weights of phrases.
+
+    Args:
+        texts: B texts as tokens, START and padding included.
+        phrases: Each phrase as tokens.
+        weights: Factor of the rate of the regions that belong to each phrase, > 0. A phrase counts
+            wherever it occurs; where two overlap, the later one's factor holds.
+
+    Returns:
+        (B, t) float32 for the longest text, 1 where no phrase is.
+
+    Raises:
+        ValueError: A weight is not finite and > 0, or a phrase is in no text.
+    """
+    table = torch.ones(len(texts), max(map(len, texts)))  # (B, t)
+    for phrase, weight in weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"token_weights[{phrase!r}] must be finite and > 0, got {weight}")
+        tokens = phrases[phrase]
+        spans = [(row, i) for row, text in enumerate(texts) for i in find_phrase(text, tokens)]
+        if not tokens or not spans:
+            raise ValueError(
+                f"token_weights has the phrase {phrase!r}, which is not in the prompt, as far as "
+                f"that is read ({max(map(len, texts))} tokens)"
+            )
+        for row, i in spans:
+            table[row, i : i + len(tokens)] = weight
+    return table
 
 
 def phrase_weights(
     tokenizer: Callable, prompts: str | Sequence[str], weights: Mapping[str, float]
 ) -> Tensor:
-    """Weights of tokens, to be given as ``token_weights``, from weights of phrases.
+    """`weigh_phrases` of prompts, by their tokenizer.
 
     Args:
         tokenizer: A tokenizer of transformers, or anything called like one.
         prompts: One prompt or B of them.
-        weights: Factor of the rate of the regions that belong to each phrase, > 0. A phrase is
-            found by its tokens, in whole words, wherever it occurs.
+        weights: Factors of phrases, > 0. A phrase is found by its tokens, in whole words.
 
     Returns:
         (B, t) float32, 1 where no phrase is; t tokens with START, without padding.
 
     Raises:
-        ValueError: A phrase occurs in no prompt, or beyond the longest text the tokenizer takes.
+        ValueError: A weight is not finite and > 0; a phrase occurs in no prompt, or beyond the
+            longest text the tokenizer takes.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     longest = getattr(tokenizer, "model_max_length", None)
     texts = [tokenizer(prompt).input_ids[:longest] for prompt in prompts]
-    table = torch.ones(len(texts), max(map(len, texts)))  # (B, t)
-    for phrase, weight in weights.items():
-        ids = tokenizer(phrase, add_special_tokens=False).input_ids
-        spans = [(row, i) for row, text in enumerate(texts) for i in find_phrase(text, ids)]
-        if not ids or not spans:
-            raise ValueError(
-                f"token_weights has the phrase {phrase!r}, which is not in {prompts}"
-                + (f" (of which {longest} tokens are read)" if longest else "")
-            )
-        for row, i in spans:
-            table[row, i : i + len(ids)] = weight
-    return table
+    phrases = {phrase: tokenizer(phrase, add_special_tokens=False).input_ids for phrase in weights}
+    return weigh_phrases(texts, phrases, weights)
 
 
 def fit_weights(table: Tensor, rows: int, tokens: int) -> Tensor:
@@ -55,11 +85,17 @@ def fit_weights(table: Tensor, rows: int, tokens: int) -> Tensor:
         tokens: Tokens that the U-Net sees.
 
     Returns:
-        (b, tokens), padded with 1.
+        (b, tokens) float32, padded with 1.
 
     Raises:
-        ValueError: b is not a multiple of B, or a weight other than 1 is beyond the tokens.
+        TypeError: table is not a tensor.
+        ValueError: It is not (t,) or (B, t), b is not a multiple of B, or a weight other than 1 is
+            beyond the tokens.
     """
+    if not isinstance(table, Tensor):
+        raise TypeError(f"token_weights must be a tensor, got {type(table).__name__}")
+    if table.dim() not in (1, 2) or 0 in table.shape:
+        raise ValueError(f"token_weights must be (t,) or (B, t), got {tuple(table.shape)}")
     table = table.float() if table.dim() == 2 else table.float()[None]
     if rows % len(table):
         raise ValueError(f"token_weights has {len(table)} rows, for a batch of {rows} images")

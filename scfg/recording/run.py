@@ -1,26 +1,34 @@
-"""One sampling run, step by step: where S-CFG acts, and when regions are found anew."""
+"""One sampling run, step by step: where S-CFG acts, and when regions are found anew.
+
+Of 8 steps with ``start=0.25, stop=0.75, every=2``:
+
+    step                0    1    2    3    4    5    6    7
+    acts_at             no   no   yes  yes  yes  yes  no   no
+    records_at                    yes  no   yes  no
+    regions used                  2    2    4    4
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.evidence import Evidence
-from scfg.guidance import Guided, find_regions, guide_regions
+from scfg.guidance import Guided, Regions, guide_regions
 from scfg.recording.phrases import fit_weights
+from scfg.recording.recorder import AttentionRecorder
 
 
 @dataclass
-class Steps:
-    """What adapters decide at every step, whatever the host.
+class Run:
+    """What is decided at every step, whatever the host.
 
     Attributes:
         config: Constants.
         backend: See `scfg.ops`.
         callback: Called with the `Guided` of every step on which S-CFG acted.
-        start: S-CFG acts from step ``int(start * steps)`` on; before it, the host's own guidance.
-        stop: It acts until before step ``int(stop * steps)``.
+        start: S-CFG acts from this fraction of the steps on; before it, the host's own guidance.
+        stop: It acts until this fraction.
         every: Regions are found on every so many steps and kept in between; rates never are.
 
     Raises:
@@ -33,13 +41,17 @@ class Steps:
     start: float = 0.0
     stop: float = 1.0
     every: int = 1
-    _regions: tuple[Tensor, Tensor, int] | None = field(default=None, init=False)
+    _regions: Regions | None = field(default=None, init=False)
 
     def __post_init__(self):
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}")
-        if not isinstance(self.every, int) or self.every < 1:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every must be an int >= 1, got {self.every!r}")
+
+    def recorder(self, unet: nn.Module) -> AttentionRecorder:
+        """A recorder of a U-Net with the run's constants."""
+        return AttentionRecorder(unet, self.config, self.backend)
 
     @property
     def always(self) -> bool:
@@ -47,45 +59,61 @@ class Steps:
         return (self.start, self.stop, self.every) == (0, 1, 1)
 
     @staticmethod
-    def place(sigma: float, sigmas: Sequence[float]) -> tuple[int, int]:
-        """Number of the step that a noise level belongs to in a falling schedule, and of all.
+    def place(level: float, levels: Sequence[float]) -> tuple[int, int]:
+        """Number of the step that a level belongs to among those of a run, and how many those are.
 
-        Between two levels it is the step of the higher one; the final 0 is not a step.
+        Args:
+            level: Noise level or timestep.
+            levels: At which a step begins, falling; a final 0 of sigmas is none.
+
+        Returns:
+            Step and steps. Between two levels it is the step of the higher one.
         """
-        levels = [level for level in sigmas if level > 0]
-        return max(sum(level >= sigma * (1 - 1e-6) for level in levels) - 1, 0), len(levels)
+        return max(sum(other >= level * (1 - 1e-6) for other in levels) - 1, 0), len(levels)
 
-    def forget(self) -> None:
-        """Begin a new run."""
+    def begin(self) -> None:
+        """Begin a new run: regions of the one before are forgotten."""
         self._regions = None
 
-    def acts(self, step: int, steps: int) -> bool:
+    def _window(self, steps: int) -> tuple[int, int]:
+        """First step on which S-CFG acts, and first after it on which it does not.
+
+        Raises:
+            ValueError: There is no step between the two.
+        """
+        first, end = (int(share * steps + 1e-9) for share in (self.start, self.stop))
+        if first >= end:
+            raise ValueError(
+                f"start and stop must have a step of {steps} between them, got {self.start} and "
+                f"{self.stop}, which have none"
+            )
+        return first, end
+
+    def acts_at(self, step: int, steps: int) -> bool:
         """Whether S-CFG acts on a step, counted from 0."""
-        return int(self.start * steps) <= step < int(self.stop * steps)
+        first, end = self._window(steps)
+        return first <= step < end
 
-    def finds(self, step: int, steps: int) -> bool:
+    def records_at(self, step: int, steps: int) -> bool:
         """Whether regions are found on a step on which S-CFG acts: attention is to be recorded."""
-        return self._regions is None or (step - int(self.start * steps)) % self.every == 0
+        return self._regions is None or (step - self._window(steps)[0]) % self.every == 0
 
-    def keep(self, labels: Tensor, foreground: Tensor, tokens: int) -> None:
-        """Regions from now on: (b, h, w) int64 below tokens, (b, h, w) bool."""
-        self._regions = labels, foreground, tokens
+    def keep(self, regions: Regions) -> None:
+        """Regions from now on."""
+        self._regions = regions
 
     def guide(
         self,
         eps_uncond: Tensor,
         eps_text: Tensor,
-        branches: tuple[Evidence, Evidence] | None,
-        guidance_scale: float,
+        guidance_scale: float | Tensor,
         token_weights: Tensor | None = None,
     ) -> Guided:
-        """S-CFG of one step.
+        """S-CFG of one step, by the regions kept last.
 
         Args:
             eps_uncond: (b, c, H, W).
             eps_text: (b, c, H, W).
-            branches: Evidence of the unconditional and of the text branch, or None to keep the
-                regions of the last step that had some.
             guidance_scale: > 0.
             token_weights: (t,) or (B, t), one row for each of B prompts, multiplies the rate of
                 each token's region; see `fit_weights`. Or None.
@@ -94,17 +122,23 @@ class Steps:
             Guided, which the callback has seen.
 
         Raises:
-            RuntimeError: Regions are to be kept and there are none.
+            RuntimeError: No regions are kept.
+            ValueError: Those that are kept belong to another batch or size.
         """
-        if branches is not None:
-            uncond, text = branches
-            self.keep(*find_regions(text, uncond, self.config, self.backend), text.tokens)
-        if self._regions is None:
+        regions = self._regions
+        if regions is None:
             raise RuntimeError("no regions yet: the first step of a run must be recorded")
         if token_weights is not None:
-            token_weights = fit_weights(token_weights, len(eps_text), self._regions[-1])
-        settings = (guidance_scale, self.config, self.backend, token_weights)
-        guided = guide_regions(eps_uncond, eps_text, *self._regions, *settings)
+            token_weights = fit_weights(token_weights, len(eps_text), regions.tokens)
+        guided = guide_regions(
+            eps_uncond,
+            eps_text,
+            regions,
+            guidance_scale,
+            self.config,
+            self.backend,
+            token_weights,
+        )
         if self.callback is not None:
             self.callback(guided)
         return guided

@@ -1,14 +1,15 @@
-"""A U-Net that records its attention, and a predictor made from it."""
+"""A U-Net that records its attention, and predictors for loops that call a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.evidence import AttentionLayer, Evidence
-from scfg.guidance import Guided, guide_evidence
-from scfg.recording.recorder import AttentionRecorder
+from scfg.evidence import Evidence
+from scfg.guidance import Guided, Regions, cfg, find_regions, guide_regions
+from scfg.recording.recorder import AttentionLayer, AttentionRecorder
+from scfg.recording.run import Run
 
 
 class UNetWrapper:
@@ -60,9 +61,20 @@ class UNetWrapper:
             raise ValueError(
                 "the U-Net must be called with a latent (b, c, H, W), got no 4-D tensor"
             )
+        return self.record(sample, lambda: self.unet(*args, **kwargs))
+
+    def record(self, sample: Tensor, call: Callable[[], object]):
+        """Record the U-Net inside ``call()``, which runs it once on a latent of sample's size.
+
+        Returns:
+            What ``call()`` returns.
+
+        Raises:
+            RuntimeError: As a call of the wrapper does.
+        """
         self._recorder.start(sample)
         try:
-            output = self.unet(*args, **kwargs)
+            output = call()
             self._calls = [*self._calls[-1:], self._recorder.finish()]
         except BaseException:
             self._recorder.abort()
@@ -73,7 +85,30 @@ class UNetWrapper:
     @property
     def attention(self) -> list[AttentionLayer]:
         """Layers of the last call in forward order, with their maps if ``keep_maps``."""
-        return self._calls[-1].layers if self._calls else []
+        return self._recorder.layers if self._calls else []
+
+    def regions(self, b: int) -> Regions:
+        """Regions of b images by what the call, or the two calls, for them recorded.
+
+        Raises:
+            RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
+        """
+        rows = [call.total(call.reductions[0]).shape[0] for call in self._calls]
+        if rows[-1:] == [2 * b]:
+            parts = [self._calls[-1].rows(0, b), self._calls[-1].rows(b, 2 * b)]
+        elif rows == [b, b]:
+            parts = self._calls
+        else:
+            raise RuntimeError(
+                f"guide needs one recorded call of {2 * b} rows or two of {b}, got {rows or 'none'}"
+            )
+        branches = dict(zip(self.order, parts, strict=True))
+        return find_regions(
+            uncond=branches["uncond"],
+            text=branches["text"],
+            config=self.config,
+            backend=self.backend,
+        )
 
     def guide(
         self,
@@ -96,23 +131,15 @@ class UNetWrapper:
         Raises:
             RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
         """
-        uncond, text = self._branches(eps_text.shape[0])
-        settings = (guidance_scale, self.config, self.backend, token_weights)
-        return guide_evidence(eps_uncond, eps_text, uncond, text, *settings)
-
-    def _branches(self, b: int) -> tuple[Evidence, Evidence]:
-        """Evidence of the unconditional and of the text branch."""
-        rows = [call.total(call.reductions[0]).shape[0] for call in self._calls]
-        if rows[-1:] == [2 * b]:
-            parts = [self._calls[-1].rows(0, b), self._calls[-1].rows(b, 2 * b)]
-        elif rows == [b, b]:
-            parts = self._calls
-        else:
-            raise RuntimeError(
-                f"guide needs one recorded call of {2 * b} rows or two of {b}, got {rows or 'none'}"
-            )
-        branches = dict(zip(self.order, parts, strict=True))
-        return branches["uncond"], branches["text"]
+        return guide_regions(
+            eps_uncond,
+            eps_text,
+            self.regions(eps_text.shape[0]),
+            guidance_scale,
+            self.config,
+            self.backend,
+            token_weights,
+        )
 
     def remove(self) -> None:
         """Leave the U-Net exactly as it was found."""
@@ -126,45 +153,146 @@ class UNetWrapper:
         self.remove()
 
 
+class Predictor:
+    """Guided predictions of a loop that calls a model: S-CFG where the run acts, else plain CFG.
+
+        prediction = predictor(x, level, uncond, cond)
+
+    Conditions of one shape make one batched call of the model, [uncond, cond]; others (77 and 154
+    tokens, dictionaries) two. Extra keywords of a call go to the model. What the model speaks (eps,
+    v, x0, flow) does not matter: at one noise level differences are proportional, and rates are
+    ratios.
+
+    With a window or kept regions the predictor has to know its run. A new one begins where noise
+    rises, the conditions are other objects, or the batch has another shape; else say `begin`.
+
+    Args:
+        model: ``(x, level, condition, **extra) -> prediction``, (b, c, H, W).
+        unet: The module within model whose attention is recorded.
+        guidance_scale: Float or (b,) tensor, > 0.
+        run: Window, kept regions and callback.
+        token_weights: (t,) or (prompts, t) multiplies the rate of each token's region, or None.
+        levels: Levels that the loop visits, falling; needed unless every step is the same.
+        observe: Only look: the callback gets what S-CFG would do, predictions are plain CFG.
+
+    Attributes:
+        unet: The `UNetWrapper`.
+
+    Raises:
+        ValueError: No transformer block found, or levels missing.
+        RuntimeError: On a call: see `AttentionRecorder.finish`.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        unet: nn.Module,
+        guidance_scale: float | Tensor,
+        run: Run,
+        token_weights: Tensor | None = None,
+        levels: Sequence[float] | None = None,
+        observe: bool = False,
+    ):
+        if levels is None and not run.always:
+            raise ValueError("start, stop and every need the levels that the loop visits, got none")
+        self.model, self.guidance_scale, self.run = model, guidance_scale, run
+        self.token_weights, self.observe = token_weights, observe
+        self.unet = UNetWrapper(unet, run.config, run.backend)
+        self._levels = levels
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a new run: regions of the one before are forgotten."""
+        self.run.begin()
+        self._step, self._of = 0, (None, None, None)
+
+    def _plan(self, x: Tensor, level, uncond, cond) -> tuple[bool, bool]:
+        """Whether S-CFG acts on a call, and whether it then finds regions."""
+        if self.run.always:
+            return True, True
+        level = float(level.flatten()[0]) if isinstance(level, Tensor) else float(level)
+        step, steps = self.run.place(level, self._levels)
+        shape, *conditions = self._of
+        same = x.shape == shape and conditions[0] is uncond and conditions[1] is cond
+        if step < self._step or not same:
+            self.begin()
+        self._step, self._of = step, (x.shape, uncond, cond)
+        acts = self.run.acts_at(step, steps)
+        return acts, acts and self.run.records_at(step, steps)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, level, uncond, cond, **extra) -> Tensor:
+        """The guided prediction (b, c, H, W) of x at a level: a number, 0-d or (b,)."""
+        acts, records = self._plan(x, level, uncond, cond)
+
+        def call(x: Tensor, level, condition) -> Tensor:
+            if not records:
+                return self.model(x, level, condition, **extra)
+            return self.unet.record(x, lambda: self.model(x, level, condition, **extra))
+
+        if isinstance(cond, Tensor) and isinstance(uncond, Tensor) and cond.shape == uncond.shape:
+            many = isinstance(level, Tensor) and level.dim() > 0
+            twice = torch.cat([level, level]) if many else level
+            both = call(torch.cat([x, x]), twice, torch.cat([uncond, cond]))
+            eps_uncond, eps_text = both.chunk(2)
+        else:
+            eps_uncond, eps_text = (call(x, level, condition) for condition in (uncond, cond))
+        if records:
+            self.run.keep(self.unet.regions(len(x)))
+        if acts:
+            guided = self.run.guide(eps_uncond, eps_text, self.guidance_scale, self.token_weights)
+            if not self.observe:
+                return guided.eps
+        return cfg(eps_uncond, eps_text, self.guidance_scale)
+
+    def remove(self) -> None:
+        """Leave the U-Net exactly as it was found."""
+        self.unet.remove()
+        self.begin()
+
+    def __enter__(self) -> "Predictor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
+
+
 def guided(
     unet: nn.Module,
     guidance_scale: float | Tensor = 7.5,
     config: SCFGConfig = SCFGConfig(),  # noqa: B008  (frozen)
     backend: str = "auto",
     callback: Callable[[Guided], None] | None = None,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    token_weights: Tensor | None = None,
+    timesteps: Sequence[float] | None = None,
+    start: float = 0.0,
+    stop: float = 1.0,
+    every: int = 1,
+) -> Predictor:
     """A predictor ``(x, t, uncond, cond) -> eps`` with S-CFG, for any sampler loop.
-
-    One batched U-Net call where uncond and cond have one shape, else two.
 
     Args:
         unet: Called as ``unet(x, t, context)``; its output is a tensor or has ``.sample``.
         guidance_scale: Float or (b,) tensor, > 0.
         config: Constants.
         backend: See `scfg.ops`.
-        callback: Called with the `Guided` of every step.
+        callback: Called with the `Guided` of every step on which S-CFG acted.
+        token_weights: See `Predictor`.
+        timesteps: Those the loop visits, falling; needed by start, stop and every.
+        start: See `Run`.
+        stop: See `Run`.
+        every: See `Run`.
 
     Returns:
-        The predictor; ``predictor.unet`` is the `UNetWrapper`, to ``remove()`` when done.
-    """
-    wrapper = UNetWrapper(unet, config, backend)
+        The predictor; ``remove()`` it when done, or use it in a ``with`` block.
 
-    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        output = wrapper(x, t, context)
+    Raises:
+        ValueError: No transformer block found, or an argument missing or out of range.
+    """
+
+    def model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        output = unet(x, t, context)
         return output if isinstance(output, Tensor) else output.sample
 
-    @torch.no_grad()
-    def predict(x: Tensor, t: Tensor, uncond: Tensor, cond: Tensor) -> Tensor:
-        if uncond.shape == cond.shape:
-            twice = torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t
-            eps = call(torch.cat([x, x]), twice, torch.cat([uncond, cond]))
-            eps_uncond, eps_text = eps.chunk(2)
-        else:
-            eps_uncond, eps_text = call(x, t, uncond), call(x, t, cond)
-        out = wrapper.guide(eps_uncond, eps_text, guidance_scale)
-        if callback is not None:
-            callback(out)
-        return out.eps
-
-    predict.unet = wrapper
-    return predict
+    run = Run(config, backend, callback, start, stop, every)
+    return Predictor(model, unet, guidance_scale, run, token_weights, timesteps)

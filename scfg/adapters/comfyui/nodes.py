@@ -1,12 +1,65 @@
-"""Two nodes: S-CFG for a model, and a look at what it did."""
+"""Two nodes: S-CFG for a model, and a look at what it did; and how the first patches a model."""
 
+from comfy.model_patcher import PatcherInjection
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.latest import ComfyExtension, io
 
-from scfg.adapters.comfyui.guide import KEY, Guide
-from scfg.adapters.comfyui.patch import patch
-from scfg.adapters.comfyui.view import draw
-from scfg.adapters.comfyui.words import clip_weights, parse_phrases
+from scfg.adapters.comfyui.regions import clip_weights, draw, parse_phrases
+from scfg.adapters.comfyui.run import KEY, ComfyRun
 from scfg.config import PROPAGATIONS, SCFGConfig
+from scfg.recording.hooks import find_blocks
+
+PRE_CFG = "sampler_pre_cfg_function"
+
+
+def patch(model, run: ComfyRun):
+    """A clone of a model that samples with S-CFG, in place of any it had.
+
+    Args:
+        model: A ModelPatcher of a model with a U-Net.
+        run: Not to be given to two models.
+
+    Returns:
+        ModelPatcher.
+
+    Raises:
+        ValueError: The model has no transformer block, see `scfg.recording.hooks`.
+    """
+    find_blocks(model.model.diffusion_model)
+    model = model.clone()
+
+    def predict(executor, inner, conds, x, sigma, model_options):
+        told = run.begin_step(conds, sigma, model_options.get("transformer_options", {}))
+        return executor(inner, told, x, sigma, model_options)
+
+    def unet(executor, x, timesteps, context, *args, **kwargs):
+        options = next((a for a in args if isinstance(a, dict) and "uuids" in a), {})
+        options = kwargs.get("transformer_options", options)
+
+        def call():
+            return executor(x, timesteps, context, *args, **kwargs)
+
+        return run.record(executor.class_obj, call, x, context, options)
+
+    def combine(args):
+        predictions = args["conds_out"]
+        return run.combine(
+            args["conds"], predictions, args["input"], args["cond_scale"], args["sigma"]
+        )
+
+    combine.semantic_cfg = True  # to be told from those of other nodes
+    for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL):
+        model.remove_wrappers_with_key(kind, KEY)
+    model.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+    others = model.model_options.get(PRE_CFG, [])
+    model.model_options[PRE_CFG] = [f for f in others if not getattr(f, "semantic_cfg", False)]
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, predict)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, unet)
+    model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: run.begin_run())
+    model.set_injections(KEY, [PatcherInjection(run.inject, run.eject)])
+    model.set_model_sampler_pre_cfg_function(combine)
+    model.set_attachments(KEY, run)
+    return model
 
 
 class SemanticGuidance(io.ComfyNode):
@@ -94,8 +147,8 @@ class SemanticGuidance(io.ComfyNode):
             if clip is None:
                 raise ValueError("phrases need clip, the CLIP that encodes the prompt")
             weights = clip_weights(clip, prompt or "", parse_phrases(phrases))
-        guide = Guide(config, start=start, stop=stop, every=every, token_weights=weights)
-        return io.NodeOutput(patch(model, guide))
+        run = ComfyRun(config, start=start, stop=stop, every=every, token_weights=weights)
+        return io.NodeOutput(patch(model, run))
 
 
 class SemanticGuidanceView(io.ComfyNode):
@@ -122,13 +175,13 @@ class SemanticGuidanceView(io.ComfyNode):
     @classmethod
     def execute(cls, model, samples, step) -> io.NodeOutput:
         """Two images."""
-        guide = model.attachments.get(KEY)
-        if guide is None:
+        run = model.attachments.get(KEY)
+        if run is None:
             raise ValueError("model must come from Semantic-aware CFG")
-        steps = len(guide.history)
+        steps = len(run.history)
         if not -steps <= step < steps:
             raise ValueError(f"step must be one of {steps} that were guided, got {step}")
-        return io.NodeOutput(*draw(guide.history[step], guide.config.rate_max))
+        return io.NodeOutput(*draw(run.history[step], run.run.config.rate_max))
 
 
 class Extension(ComfyExtension):

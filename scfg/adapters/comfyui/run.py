@@ -1,10 +1,11 @@
 """S-CFG on a ModelPatcher: what ComfyUI calls during a run, and what is kept between the calls.
 
 Attention is recorded by hooks that the patcher puts on and off (an injection); prompts are told
-apart by the ids that ComfyUI gives them, whatever it puts into one batch; predictions are combined
-before its own guidance, which may be anybody's: ``cond' = uncond + rate (cond - uncond)``. Of the
-places that hold one function only none is used. Everything registered is a closure, for patchers
-are cloned, and copies of objects would lose touch.
+apart by the ids that ComfyUI gives them, whatever it puts into one batch; predictions are changed
+in "pre-CFG" functions, of which ComfyUI keeps a list: ``cond' = uncond + rate (cond - uncond)``.
+Its guidance itself may be anybody's; the places that hold one function only
+("sampler_cfg_function", the model's wrapper) are left to others. Everything registered is a
+closure, for patchers are cloned, and copies of objects would lose touch.
 """
 
 import dataclasses
@@ -19,14 +20,14 @@ from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided
 from scfg.recording.recorder import AttentionRecorder
-from scfg.recording.run import Steps
+from scfg.recording.run import Run
 
 KEY = "semantic_cfg"
 CHUNK = 77  # tokens that CLIP reads at a time, START first
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end", "default")  # of a prompt
 
 
-class Guide:
+class ComfyRun:
     """State of one patched model: of a run, of the step at hand, of each of its devices.
 
     Attributes:
@@ -43,9 +44,8 @@ class Guide:
         every: int = 1,
         token_weights: Tensor | None = None,
     ):
-        self.config, self.backend, self.token_weights = config, backend, token_weights
-        pixels = dataclasses.replace(config, map_reduction=1)  # labels are composed per pixel
-        self.steps = Steps(pixels, backend, self._keep, start, stop, every)
+        self.run = Run(config, backend, self._keep, start, stop, every)
+        self.token_weights = token_weights
         self.history: list[Guided] = []
         self.recorders: dict[nn.Module, AttentionRecorder] = {}
         self.begin_run()
@@ -55,7 +55,7 @@ class Guide:
 
     def begin_run(self) -> None:
         """Forget the run before."""
-        self.steps.forget()
+        self.run.begin()
         self.history.clear()
         self.acts = self.records = False
         self.prompts: dict[uuid.UUID, tuple[int, dict]] = {}  # of the step: (0 text, 1 not), prompt
@@ -64,7 +64,7 @@ class Guide:
     def inject(self, patcher) -> None:
         """Put hooks on the U-Net of a patcher."""
         unet = patcher.model.diffusion_model
-        self.recorders[unet] = AttentionRecorder(unet, self.config, self.backend)
+        self.recorders[unet] = self.run.recorder(unet)
 
     def eject(self, patcher) -> None:
         """Take them off."""
@@ -76,7 +76,7 @@ class Guide:
         """Decide what a prediction is for, and tell its prompts apart.
 
         Args:
-            conds: [prompts, negative prompts, ...], None where there are none.
+            conds: ComfyUI's [prompts, negative prompts, ...], None where there are none.
             sigma: (b,) noise level.
             options: ``transformer_options``.
 
@@ -86,13 +86,14 @@ class Guide:
         if len(conds) < 2 or conds[0] is None or conds[1] is None:
             return conds  # not a guided prediction; the guided one may be waiting for its end
         self.acts = self.records = True
-        if not self.steps.always:
+        if not self.run.always:
             schedule = options.get("sample_sigmas")
             if schedule is None:
                 raise RuntimeError("start, stop and every need the sampler's schedule, it has none")
-            place = self.steps.place(float(sigma.flatten()[0]), schedule.tolist())
-            self.acts = self.steps.acts(*place)
-            self.records = self.acts and self.steps.finds(*place)
+            levels = [level for level in schedule.tolist() if level > 0]
+            step, steps = self.run.place(float(sigma.flatten()[0]), levels)
+            self.acts = self.run.acts_at(step, steps)
+            self.records = self.acts and self.run.records_at(step, steps)
         self.prompts, self.seen, told = {}, {}, []
         for branch, prompts in enumerate(conds):
             told.append(prompts and [self._tell_apart(branch, prompt) for prompt in prompts])
@@ -163,11 +164,18 @@ class Guide:
         text, uncond = predictions[:2]
         if self.records:
             parts = self._parts(x, sigma)
-            self.steps.keep(*compose(*parts, tuple(x.shape[-2:]), self.config, self.backend))
+            regions = compose(
+                uncond=parts[1],
+                text=parts[0],
+                size=tuple(x.shape[-2:]),
+                config=self.run.config,
+                backend=self.run.backend,
+            )
+            self.run.keep(regions)
             if self.token_weights is not None and len(parts[0]) > 1:
                 raise ValueError("weights of phrases need one prompt, this image has several")
         self.acts = self.records = False
-        rate = self.steps.guide(uncond, text, None, scale, self.token_weights).rate
+        rate = self.run.guide(uncond, text, scale, self.token_weights).rate
         changed = uncond + rate.to(text.dtype) * (text - uncond)
         return [changed, *predictions[1:]]
 
