@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from scfg import ops, reference
 from scfg.config import SCFGConfig
-from scfg.evidence import MAP_BUDGET, AttentionLayer, Evidence, fits
+from scfg.evidence import MAP_BUDGET, Evidence, fits
 from scfg.patches import OTHER, START, Patches
 from scfg.recording.layouts import Grid, Layout, call_arguments, find_layers, find_layout
+from scfg.recording.recorder import AttentionLayer
 from scfg.recording.replay import Scores, Watch
 
 
