@@ -21,10 +21,9 @@ class Host:
         model: The transformer.
         call: Keywords of a call with B rows.
         grid: (f, h, w) of its patches.
-        order: Of the keys in a joint softmax, by position: first image key in each row, first text
-            key, number of text keys (with those that are masked); None for separate attention.
-        block: SDPA calls of one block of those that are read, and how many come before the first.
-        blocks: Blocks that are read by default.
+        image: Position of the first image key of a joint softmax, in each row; None where image and
+            text are attended to apart.
+        text: Number of text keys, with those that are masked.
     """
 
     model: torch.nn.Module
@@ -32,7 +31,6 @@ class Host:
     grid: tuple
     image: list | None = None
     text: int = 0
-    count: int = 0
 
 
 def scaled(model):
@@ -70,7 +68,7 @@ def sd3(**options):
         pooled_projections=randn(B, 64),
         timestep=torch.full((B,), 500.0),
     )
-    return Host(model, call, GRID, [0] * B, 48, 20)
+    return Host(model, call, GRID, [0] * B, 20)
 
 
 def pixart(**options):
@@ -87,7 +85,7 @@ def pixart(**options):
         timestep=torch.full((B,), 500.0),
         added_cond_kwargs=dict(resolution=None, aspect_ratio=None),
     )
-    return Host(model, call, GRID, None, 0, 20)
+    return Host(model, call, GRID, None, 20)
 
 
 def hunyuan():
@@ -109,7 +107,7 @@ def hunyuan():
         timestep=torch.full((B,), 500.0),
         image_rotary_emb=get_2d_rotary_pos_embed(8, ((0, 0), (8, 6)), (8, 6), output_type="pt"),
     )
-    return Host(model, call, GRID, None, 0, 16)
+    return Host(model, call, GRID, None, 16)
 
 
 def lumina2(lengths=(16, 11)):
@@ -124,7 +122,7 @@ def lumina2(lengths=(16, 11)):
         encoder_attention_mask=key_mask(16, *lengths),
         timestep=torch.full((B,), 0.5),
     )
-    return Host(model, call, GRID, list(lengths), 0, max(lengths))
+    return Host(model, call, GRID, list(lengths), max(lengths))
 
 
 def qwen(**options):
@@ -139,7 +137,7 @@ def qwen(**options):
         img_shapes=[[(1, 8, 6)]] * B,
         timestep=torch.full((B,), 0.5),
     )
-    return Host(model, call, GRID, [7] * B, 0, 7)
+    return Host(model, call, GRID, [7] * B, 7)
 
 
 def token_ids(h=8, w=6):
@@ -161,7 +159,7 @@ def flux(**options):
         txt_ids=torch.zeros(12, 3),
         timestep=torch.full((B,), 0.5),
     )
-    return Host(model, call, GRID, [12] * B, 0, 12)
+    return Host(model, call, GRID, [12] * B, 12)
 
 
 def chroma():
@@ -178,7 +176,7 @@ def chroma():
         txt_ids=torch.zeros(12, 3),
         timestep=torch.full((B,), 0.5),
     )
-    return Host(model, call, GRID, [12] * B, 0, 12)
+    return Host(model, call, GRID, [12] * B, 12)
 
 
 def sana():
@@ -193,7 +191,7 @@ def sana():
         encoder_attention_mask=key_mask(10, 10, 6).float(),
         timestep=torch.full((B,), 500.0),
     )
-    return Host(model, call, GRID, None, 0, 10)
+    return Host(model, call, GRID, None, 10)
 
 
 def z_image():
@@ -206,7 +204,7 @@ def z_image():
         t=torch.full((B,), 0.5),
         cap_feats=[randn(7, 16), randn(40, 16, seed=3)],
     )
-    return Host(model, call, GRID, [0] * B, 48, 16 + 64)
+    return Host(model, call, GRID, [0] * B, 16 + 64)
 
 
 def cogview4():
@@ -223,7 +221,7 @@ def cogview4():
         crop_coords=torch.zeros(B, 2),
         timestep=torch.full((B,), 500.0),
     )
-    return Host(model, call, GRID, [16] * B, 0, 16)
+    return Host(model, call, GRID, [16] * B, 16)
 
 
 def aura_flow():
@@ -237,7 +235,7 @@ def aura_flow():
         encoder_hidden_states=randn(B, 12, 32),
         timestep=torch.full((B,), 0.5),
     )
-    return Host(model, call, GRID, [20] * B, 0, 20)
+    return Host(model, call, GRID, [20] * B, 20)
 
 
 def wan(frames=3):
@@ -251,7 +249,7 @@ def wan(frames=3):
         encoder_hidden_states=randn(B, 12, 16),
         timestep=torch.full((B,), 500.0),
     )
-    return Host(model, call, (frames, 4, 6), None, 0, 12)
+    return Host(model, call, (frames, 4, 6), None, 12)
 
 
 def ltx():
@@ -268,7 +266,7 @@ def ltx():
         width=6,
         timestep=torch.full((B,), 500.0),
     )
-    return Host(model, call, (3, 4, 6), None, 0, 12)
+    return Host(model, call, (3, 4, 6), None, 12)
 
 
 HOSTS = dict(

@@ -278,8 +278,7 @@ def group_words(
     """The group of each column of the text, and what the groups are.
 
     Args:
-        words: (t',) or (B, t'), see `TransformerRecorder.start`; columns beyond t' are no words. B
-            divides b.
+        words: (t',) or (b, t'), see `TransformerRecorder.start`; columns beyond t' are no words.
         b: Rows.
         t: Columns.
         layout: Its start is used.
@@ -303,14 +302,13 @@ def group_words(
         table = table.expand(b, t)
     else:
         words = words[None] if words.dim() == 1 else words
-        if b % len(words) or words.shape[1] > t - lead:
+        if len(words) not in (1, b) or words.shape[1] > t - lead:
             raise ValueError(
                 f"words must be (t,) or (rows, t) for {b} rows and at most {t - lead} columns of "
                 f"text, got {tuple(words.shape)}"
             )
         table = torch.full((b, t), -1)
-        repeated = words.cpu().long().repeat_interleave(b // len(words), dim=0)
-        table[:, lead : lead + words.shape[1]] = repeated
+        table[:, lead : lead + words.shape[1]] = words.cpu()
     groups = torch.where(table >= 0, table + 2, torch.where(start, START, OTHER))
     count = max(int(groups.max()) + 1, 3)
     columns = torch.full((b, count), t).scatter_reduce(
