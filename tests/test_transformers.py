@@ -24,9 +24,9 @@ def heard(host, monkeypatch, **call):
     calls, features = [], []
     softmax, relu = F.scaled_dot_product_attention, F.relu
 
-    def listen(query, key, value, attn_mask=None, scale=None, enable_gqa=False, **options):
-        assert not options.get("dropout_p") and not options.get("is_causal")
-        result = softmax(query, key, value, attn_mask=attn_mask, scale=scale, **options)
+    def listen(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        assert not dropout_p and not is_causal
+        result = softmax(query, key, value, attn_mask=attn_mask, scale=scale)
         width = query.shape[-1] ** -0.5 if scale is None else scale
         scores = query.double() @ key.double().mT * width  # (b, g, m, l)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
