@@ -24,8 +24,11 @@ def heard(host, monkeypatch, **call):
     calls, features = [], []
     softmax, relu = F.scaled_dot_product_attention, F.relu
 
-    def listen(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        assert not dropout_p and not is_causal
+    def listen(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+        enable_gqa=False,
+    ):  # fmt: skip
+        assert not dropout_p and not is_causal and not enable_gqa
         result = softmax(query, key, value, attn_mask=attn_mask, scale=scale)
         width = query.shape[-1] ** -0.5 if scale is None else scale
         scores = query.double() @ key.double().mT * width  # (b, g, m, l)
