@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from scfg.adapters.around import around
+from scfg.adapters.pipelines import MARK, attach_transformers, transformers_of
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, find_regions
 from scfg.recording.phrases import phrase_weights
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
-
-MARK = "_guided_by_scfg"  # attribute of a U-Net that is attached to
 
 
 @contextmanager
@@ -41,13 +40,13 @@ def attach(
 ) -> Iterator:
     """Guide everything that a pipeline makes inside a ``with`` block by S-CFG.
 
-    Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet``:
-    another pipeline that shares it is not to be used inside the block.
+    Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet`` or
+    ``pipe.transformer`` (see `scfg.recording.layouts` for which; experimental): another pipeline that shares it is not to be used inside the block.
 
     Args:
-        pipe: A pipeline of diffusers with a U-Net and two-branch classifier-free guidance.
-        guidance_scale: For pipelines that do not tell theirs (DeepFloyd IF): the same as in the
-            call. For all others None: it is read at every step.
+        pipe: A pipeline of diffusers with two-branch classifier-free guidance.
+        guidance_scale: For pipelines that do not tell theirs (DeepFloyd IF, PixArt, and Flux and
+            Qwen-Image, where it is ``true_cfg_scale``): the same as in the call. For all others None: it is read at every step.
         config: Constants.
         backend: See `scfg.ops`.
         callback: Called with the `Guided` of every step on which S-CFG acted.
@@ -69,15 +68,21 @@ def attach(
             attention of the U-Net was not seen (see `AttentionRecorder.finish`).
     """
     unet = getattr(pipe, "unet", None)
+    run = Run(config, backend, callback, start, stop, every)
+    if not isinstance(unet, nn.Module) and transformers_of(pipe):
+        with attach_transformers(pipe, guidance_scale, run, token_weights, observe):
+            yield pipe
+        return
     if not isinstance(unet, nn.Module):
-        raise ValueError(f"pipe must have a U-Net, pipe.unet, got {type(pipe).__name__}")
+        raise ValueError(
+            f"pipe must have pipe.unet or pipe.transformer, got {type(pipe).__name__}"
+        )
     if MARK in vars(getattr(unet, "_orig_mod", unet)):
         raise ValueError("pipe.unet is guided already, by another attach that has not ended")
     tells = hasattr(type(pipe), "guidance_scale")
     if tells == (guidance_scale is not None):
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
-    run = Run(config, backend, callback, start, stop, every)
     attached = _Attached(pipe, guidance_scale, run, token_weights, observe)
     try:
         attached.add(unet)

@@ -52,6 +52,8 @@ class Layout:
         words: Copies of the prompt among the columns.
         layers: Blocks to read, by number of blocks; else the middle third of the first list.
         linear: The self-attention is linear.
+        texts: Arguments that hold the text, (b, t, c), one after another.
+        listed: The latents and texts are lists, of ``x`` and ``cap_feats``.
         side: Latent pixels along an axis that one token of a packed prediction (b, n, c) has; 0 if
             predictions are not packed.
         variance: Predictions have twice the channels, a learned variance behind.
@@ -69,8 +71,15 @@ class Layout:
     words: tuple[Words, ...] = ()
     layers: dict[int, tuple[int, ...]] = field(default_factory=dict)
     linear: bool = False
+    texts: tuple[str, ...] = ("encoder_hidden_states",)
+    listed: bool = False
     side: int = 0
     variance: bool = False
+
+    def lead(self, grid: Grid) -> int:
+        """Columns before the text: registers, and what pads the image."""
+        f, h, w = grid
+        return self.registers + -f * h * w % self.multiple
 
 
 def sample_grid(model: nn.Module, call: dict) -> Grid:
@@ -141,6 +150,7 @@ LAYOUTS = {
     "HunyuanDiT2DModel": Layout(
         ("attn1", "attn2"), sample_grid, blocks=("blocks",), start=(-1,),
         words=(Words("tokenizer", 1, 76), Words("tokenizer_2", 77)), variance=True,
+        texts=("encoder_hidden_states", "encoder_hidden_states_t5"),
     ),
     "Lumina2Transformer2DModel": Layout(
         ("attn",), sample_grid, blocks=("layers",), packed="encoder_attention_mask",
@@ -148,7 +158,7 @@ LAYOUTS = {
     ),
     "ZImageTransformer2DModel": Layout(
         ("attention",), list_grid, blocks=("layers",), order="image text", multiple=32, start=(0,),
-        words=(Words("tokenizer", 3),),
+        words=(Words("tokenizer", 3),), listed=True,
     ),
     "CogView4Transformer2DModel": Layout(
         ("attn1",), sample_grid, start=(0,), words=(Words("tokenizer", None),),

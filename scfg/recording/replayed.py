@@ -218,12 +218,8 @@ class TransformerRecorder:
         """(b, n, groups): START, what is no word of the prompt, the words."""
         if self._groups is None:
             b, _, t = cross_map.shape
-            lead = self.layout.registers
-            if self.layout.multiple > 1:
-                f, h, w = self._grid
-                lead += -f * h * w % self.layout.multiple
             self._groups, self._evidence.patches = group_words(
-                self._words, b, t, self.layout, lead, self._grid
+                self._words, b, t, self.layout, self.layout.lead(self._grid), self._grid
             )
             self._groups = self._groups.to(cross_map.device)
         return reference.group_columns(cross_map, self._groups, self._evidence.patches.owning.shape[1])
