@@ -19,11 +19,14 @@ class Regions:
         labels: (b, h, w) int64 in [0, tokens), token that owns each patch.
         foreground: (b, h, w) bool.
         tokens: t.
+        start_is_flat: (b,) bool, whether the branch that should mark the foreground has no START
+            (see `scfg.reference.start_is_flat`), so that the text's START marked it.
     """
 
     labels: Tensor
     foreground: Tensor
     tokens: int
+    start_is_flat: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +38,14 @@ class Guided:
         rate: (b, 1, H, W) float32, multiplier of the guidance scale.
         labels: (b, h, w) int64, token that owns each patch.
         foreground: (b, h, w) bool.
+        start_is_flat: (b,) bool, see `Regions`.
     """
 
     eps: Tensor
     rate: Tensor
     labels: Tensor
     foreground: Tensor
+    start_is_flat: Tensor
 
 
 def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> Tensor:
@@ -101,7 +106,11 @@ def find_regions(
 
     Raises:
         RuntimeError: The branches do not have the same levels.
+        ValueError: A branch has one token only, which is START: no region could have a word.
     """
+    for name, branch in (("uncond", uncond), ("text", text)):
+        if branch.tokens < 2:
+            raise ValueError(f"{name} must have START and another token, got {branch.tokens} token")
     if text.reductions != uncond.reductions or text.size != uncond.size:
         raise RuntimeError(
             f"both branches must be recorded alike, got levels {uncond.reductions} of size "
@@ -111,8 +120,8 @@ def find_regions(
     start = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else tokens
     factors = [r // config.map_reduction for r in text.reductions]
     h, w = map_grid(text.size, config.map_reduction)
-    labels, foreground = ops.segment(tokens, start, h, w, factors, backend)
-    return Regions(labels, foreground, text.tokens)
+    labels, foreground, flat = ops.segment(tokens, start, h, w, factors, backend)
+    return Regions(labels, foreground, text.tokens, flat)
 
 
 def guide_regions(
@@ -168,7 +177,7 @@ def guide_regions(
         token_weights=token_weights,
         backend=backend,
     )
-    return Guided(eps, rate, regions.labels, regions.foreground)
+    return Guided(eps, rate, regions.labels, regions.foreground, regions.start_is_flat)
 
 
 def _pixels_per_patch(eps: Tensor, labels: Tensor) -> int:
