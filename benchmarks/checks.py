@@ -18,7 +18,7 @@ from benchmarks.clock import capture, clone, tensors
 from scfg import reference
 from scfg.evidence import find_reduction
 from scfg.models.unet import SD15, UNet, UNetConfig
-from scfg.recording.hooks import find_blocks
+from scfg.recording.blocks import find_blocks
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 PAPER = scfg.SCFGConfig()

@@ -23,8 +23,8 @@ from scfg.config import SCFGConfig
 from scfg.models import shapes as scenes
 from scfg.models.embedded import PATCH, load_shapes_model, to_latents
 from scfg.models.unet import UNet, UNetConfig
+from scfg.recording.predictor import guided
 from scfg.recording.recorder import AttentionRecorder
-from scfg.recording.wrapper import guided
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=8)
@@ -141,7 +141,7 @@ def of_judge(out):
         ious = [overlap(step.foreground, truth) for step in seen]
         means = [step.rate.mean().item() for step in seen]
         out(
-            f"embedded model     t = {t}: IoU of foreground and objects {ious[0]:.3f} with an empty "
+            f"embedded model     t = {t}: foreground and objects, IoU {ious[0]:.3f} with an empty "
             f"caption, {ious[1]:.3f} with zeros, of the two "
             f"{overlap(zeros.foreground, caption.foreground):.3f}; mean rate {means[0]:.3f}, "
             f"{means[1]:.3f}, mean difference {rates:.3f}"

@@ -1,5 +1,6 @@
 """From a network while it runs to guided predictions."""
 
-from scfg.recording.wrapper import UNetWrapper, guided
+from scfg.recording.predictor import guided
+from scfg.recording.wrapper import UNetWrapper
 
 __all__ = ["UNetWrapper", "guided"]
