@@ -31,11 +31,21 @@ def _assembled(levels, h, w, factors):
     return reference.blur(total)  # (b, t+1, h, w)
 
 
-def segmentation(labels, foreground, tokens, start, h, w, factors):
+def segmentation(labels, foreground, flat, tokens, start, h, w, factors):
     """How much less evidence than the winner's a patch's owner has, relative to the largest.
 
     Zero where labels and foreground are exact; the size of a tie where they are not.
     """
+    expected = reference.start_is_flat(start)
+    if (
+        not torch.equal(flat, expected)
+        or foreground[expected & reference.start_is_flat(tokens)].any()
+    ):
+        return float("inf")
+    start = [
+        torch.where(expected[:, None, None], own[..., [0, -1]], other[..., [0, -1]])
+        for own, other in zip(tokens, start, strict=True)
+    ]
     evidence = _assembled(double(tokens), h, w, factors)[:, :-1]
     lost = evidence.amax(dim=1) - evidence.gather(1, labels[:, None])[:, 0]
     both = _assembled([x[..., [0, -1]] for x in double(start)], h, w, factors)

@@ -105,7 +105,7 @@ def arguments(op, shape, b, dtype=torch.float32, device="cpu", seed=0):
         sizes = [shape.grid(r) for r, layers, _, _ in shape.levels for _ in range(layers)]
         pixels = [h * w for h, w in sizes]
         return *eps, [maps(n, n) for n in pixels], [maps(n, t) for n in pixels], SCALE, config
-    labels, foreground = reference.segment(*levels, h, w, factors)
+    labels, foreground, _ = reference.segment(*levels, h, w, factors)
     sums = reference.region_sums(*eps, labels, foreground, t, factor)
     if op == "region_sums":
         return *eps, labels, foreground, t, factor
@@ -114,11 +114,12 @@ def arguments(op, shape, b, dtype=torch.float32, device="cpu", seed=0):
 
 def _guide_evidence(eps_uncond, eps_text, tokens, start, size, config, backend="auto"):
     """All that follows the last recorded layer, from the evidence (b, n, t+1) of each level."""
-    branches = [
+    uncond, text = (
         Evidence(size, {r: [x] for r, x in zip(config.reductions, levels, strict=True)})
         for levels in (start, tokens)
-    ]
-    out = guidance.guide_evidence(eps_uncond, eps_text, *branches, SCALE, config, backend)
+    )
+    regions = guidance.find_regions(uncond=uncond, text=text, config=config, backend=backend)
+    out = guidance.guide_regions(eps_uncond, eps_text, regions, SCALE, config, backend)
     return out.eps, out.rate, out.labels, out.foreground
 
 

@@ -18,7 +18,7 @@ from benchmarks.clock import capture, clone, tensors
 from scfg import reference
 from scfg.evidence import find_reduction
 from scfg.models.unet import SD15, UNet, UNetConfig
-from scfg.recording.hooks import find_blocks
+from scfg.recording.blocks import find_blocks
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 PAPER = scfg.SCFGConfig()
@@ -171,8 +171,9 @@ def end_to_end(device, dtype, setup):
     differ = (out.labels != exact.labels).sum() + (out.foreground != exact.foreground).sum()
     differ, patches = differ.item(), out.labels.numel()
     require(differ <= patches // 100, f"{differ} of {patches} patches differ")
-    regions = out.labels, out.foreground, arguments[2].shape[1], cases.SCALE
-    given = scfg.guidance.guide_regions(*branches, *regions, PAPER, "torch")
+    found = (out.labels, out.foreground, arguments[2].shape[1], out.start_is_flat)
+    regions = scfg.guidance.Regions(*found)
+    given = scfg.guidance.guide_regions(*branches, regions, cases.SCALE, PAPER, "torch")
     error = accuracy.distance(out.eps, given.eps)
     allowed = accuracy.LIMITS[dtype]
     require(error <= allowed, f"eps is {error:.2e} away, allowed {allowed:.0e}")

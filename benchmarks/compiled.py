@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-MODULES = ("attention", "propagate", "segment", "guide")
+MODULES = ("attention", "evidence", "regions", "guidance")
 
 
 class _NoDevice:

@@ -9,7 +9,7 @@ from benchmarks import released
 from benchmarks.clock import capture
 from benchmarks.machine import peak_mib
 from scfg.models.unet import SD15, SD21, SDXL, UNet
-from scfg.recording.hooks import find_blocks
+from scfg.recording.blocks import find_blocks
 
 MODELS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
 TOKENS = 77

@@ -10,7 +10,7 @@ attention, `combine` does the rest; square latents only. Constants are those of
 import torch
 import torch.nn.functional as F
 
-from scfg.recording.hooks import find_blocks
+from scfg.recording.blocks import find_blocks
 
 
 def _blur(x):

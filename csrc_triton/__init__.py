@@ -1,9 +1,9 @@
 """Triton twins of `scfg.reference`: names, parameters, order and defaults are the same; on CUDA."""
 
 from csrc_triton.attention import attention_apply, attention_map, attention_maps
-from csrc_triton.guide import guide, partials, region_sums
-from csrc_triton.propagate import complete, propagate
-from csrc_triton.segment import segment
+from csrc_triton.evidence import complete, propagate
+from csrc_triton.guidance import guide, partials, region_sums
+from csrc_triton.regions import segment
 
 __all__ = [
     "attention_apply",

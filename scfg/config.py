@@ -23,6 +23,10 @@ class SCFGConfig:
             which the code computes, its loop never advancing past S^2. ``"none"``: C (ablation).
         propagation_steps: Number of powers of ``"paper"``, at least 1. Paper and code: 4.
         foreground: Branch whose START token marks the foreground: ``"uncond"`` (code), ``"cond"``.
+            An image whose unconditional branch has no START, as SDXL's where no negative prompt is
+            given, takes the text's with either value; one whose text has none either gets plain
+            CFG. Where token 0 is a word (T5, Kandinsky's image embeddings), its evidence plays the
+            part of START, as in the code; ``benchmark="image"`` needs no START.
         benchmark: Region that has rate 1: ``"foreground"`` (paper, code), or ``"image"`` (ablation
             of the paper). ``"auto"``: the foreground of a U-Net; the image of a transformer, whose
             START has seen the picture, where there is one at all.

@@ -21,6 +21,8 @@ class Regions:
         labels: (b, h, w) int64 in [0, tokens), token that owns each patch; (b, f, h, w) of a clip.
         foreground: The same shape, bool.
         tokens: t.
+        start_is_flat: (b,) bool, whether the branch that should mark the foreground has no START
+            (see `scfg.reference.start_is_flat`), so that the text's START marked it.
         benchmark: What rates are relative to, see `scfg.reference.region_rates`; None: config's.
         rule: How the benchmark region was found, in words.
     """
@@ -28,6 +30,7 @@ class Regions:
     labels: Tensor
     foreground: Tensor
     tokens: int
+    start_is_flat: Tensor
     benchmark: str | None = None
     rule: str = ""
 
@@ -41,6 +44,7 @@ class Guided:
         rate: (b, 1, H, W) float32, multiplier of the guidance scale.
         labels: (b, h, w) int64, token that owns each patch.
         foreground: (b, h, w) bool.
+        start_is_flat: (b,) bool, see `Regions`.
         rule: How the region with rate 1 was found, in words.
 
     A clip of f frames has (b, c, f, H, W), (b, 1, f, H, W) and (b, f, h, w).
@@ -50,6 +54,7 @@ class Guided:
     rate: Tensor
     labels: Tensor
     foreground: Tensor
+    start_is_flat: Tensor
     rule: str = ""
 
 
@@ -112,12 +117,16 @@ def find_regions(
 
     Raises:
         RuntimeError: The branches do not have the same levels.
-        ValueError: benchmark is "foreground", and the text has no START.
+        ValueError: benchmark is "foreground" and the text has no START, or a U-Net's branch has one
+            token only, which is START: no region could have a word.
     """
     if text.patches is not None:
         return _patch_regions(uncond, text, config, backend)
     if uncond is None:
         raise RuntimeError("a U-Net's unconditional branch must be recorded too, got None")
+    for name, branch in (("uncond", uncond), ("text", text)):
+        if branch.tokens < 2:
+            raise ValueError(f"{name} must have START and another token, got {branch.tokens} token")
     if text.reductions != uncond.reductions or text.size != uncond.size:
         raise RuntimeError(
             f"both branches must be recorded alike, got levels {uncond.reductions} of size "
@@ -127,11 +136,11 @@ def find_regions(
     start = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else tokens
     factors = [r // config.map_reduction for r in text.reductions]
     h, w = map_grid(text.size, config.map_reduction)
-    labels, foreground = ops.segment(tokens, start, h, w, factors, backend)
+    labels, foreground, flat = ops.segment(tokens, start, h, w, factors, backend)
     benchmark = "image" if config.benchmark == "image" else "foreground"
     branch = "text" if config.foreground == "cond" else "unconditional"
     rule = "image" if benchmark == "image" else f"START of the {branch} branch"
-    return Regions(labels, foreground, text.tokens, benchmark, rule)
+    return Regions(labels, foreground, text.tokens, flat, benchmark, rule)
 
 
 def _patch_regions(
@@ -149,8 +158,8 @@ def _patch_regions(
         if branch is None or branch.patches is None or branch.patches.grid != patches.grid:
             raise RuntimeError("both branches must be recorded alike, the unconditional one is not")
         front = branch.total(1)
-    labels, foreground = own_patches(text.total(1), patches, front, config, backend)
-    return Regions(labels, foreground, patches.text, "foreground", benchmark_rule(config))
+    labels, foreground, flat = own_patches(text.total(1), patches, front, config, backend)
+    return Regions(labels, foreground, patches.text, flat, "foreground", benchmark_rule(config))
 
 
 def guide_regions(
@@ -222,7 +231,7 @@ def guide_regions(
     )
     if regions.labels.dim() == 4:
         eps, rate = (rearrange(x, "(b f) c h w -> b c f h w", f=frames) for x in (eps, rate))
-    return Guided(eps, rate, regions.labels, regions.foreground, regions.rule)
+    return Guided(eps, rate, regions.labels, regions.foreground, regions.start_is_flat, regions.rule)
 
 
 def _pixels_per_patch(eps: Tensor, labels: Tensor) -> int:

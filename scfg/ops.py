@@ -171,7 +171,7 @@ def segment(
     w: int,
     factors: list[int],
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels and foreground from the evidence of all levels, see `scfg.reference.segment`."""
     if not tokens or not len(tokens) == len(start) == len(factors):
         raise ValueError(

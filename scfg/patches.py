@@ -54,7 +54,7 @@ def own_patches(
     front: Tensor | None,
     config: SCFGConfig,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels and benchmark region of the patches of b images or clips.
 
     Words compete for each patch (`scfg.reference.segment`); a word with a smaller share of the
@@ -71,27 +71,31 @@ def own_patches(
         backend: See `scfg.ops`.
 
     Returns:
-        labels (b, f, h, w) int64, columns of the text; benchmark (b, f, h, w) bool. f is left out
-        where it is 1.
+        labels (b, f, h, w) int64, columns of the text; benchmark (b, f, h, w) bool, f being left
+        out where it is 1; and (b,) bool, see `scfg.reference.start_is_flat` of front.
     """
     f, h, w = patches.grid
     owning = patches.owning.to(text.device)
     words = _only(text, owning)
     frames = _frames(words, f)
-    start = frames if front is None else _frames(front, f)
-    labels, fore = ops.segment([frames], [start], h, w, [1], backend)
+    labels, fore, _ = ops.segment([frames], [frames], h, w, [1], backend)
     if config.min_share > 0:
         kept = _large(labels, owning, f, config.min_share)
         frames = _frames(_only(words, kept), f)
-        labels, _ = ops.segment([frames], [frames], h, w, [1], backend)
+        labels, _, _ = ops.segment([frames], [frames], h, w, [1], backend)
+    flat_start = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     if front is None:
         fore = torch.ones_like(fore)
+    else:
+        pair = [_frames(text, f)], [_frames(front, f)]
+        _, fore, flat_start = ops.segment(*pair, h, w, [1], backend)
+        flat_start = flat_start.view(-1, f).all(dim=1)
     flat = _peak(words, owning) < config.min_peak  # (b,)
     labels, fore = (rearrange(x, "(b f) h w -> b f h w", f=f) for x in (labels, fore))
     fore = fore & ~flat[:, None, None, None]
     columns = patches.columns.to(text.device)
     labels = columns.gather(1, labels.flatten(1)).view(labels.shape)
-    return (labels, fore) if f > 1 else (labels[:, 0], fore[:, 0])
+    return (labels, fore, flat_start) if f > 1 else (labels[:, 0], fore[:, 0], flat_start)
 
 
 def _frames(x: Tensor, f: int) -> Tensor:

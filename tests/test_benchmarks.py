@@ -117,8 +117,8 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         error, bound = accuracy.check("guide", args, (spoilt, rate))
         assert error > bound
     args = cases.arguments("segment", SHAPE, 2)
-    labels, foreground = cases.call("segment", "torch")(*args)
-    for wrong in ((labels.roll(1, 2), foreground), (labels, ~foreground)):
+    labels, foreground, flat = cases.call("segment", "torch")(*args)
+    for wrong in ((labels.roll(1, 2), foreground, flat), (labels, ~foreground, flat)):
         error, bound = accuracy.check("segment", args, wrong)
         assert error > bound
     monkeypatch.setattr(scfg.ops, "guide", lambda *args, backend: (eps * 1.001, rate))

@@ -7,7 +7,7 @@ from tiny import generate, tiny_model
 
 from scfg import sampling
 from scfg.models.embedded import CONFIG
-from scfg.recording.wrapper import guided
+from scfg.recording.predictor import guided
 
 PROMPTS = ["a striped red circle on a green background", "a blue star on a red background"]
 

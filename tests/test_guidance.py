@@ -144,9 +144,9 @@ def test_a_nan_in_one_image_never_touches_another():
     assert torch.equal(eps[rows], clean.eps[rows]) and torch.equal(rate[rows], clean.rate[rows])
     self_maps[0][1, 2, 2] = math.nan
     evidence = reference.complete(self_maps[0][:3], cross_maps[0][:3], torch.full((35,), 1 / 35))
-    other, _ = reference.segment([evidence], [evidence], 5, 7, [1])
+    other, *_ = reference.segment([evidence], [evidence], 5, 7, [1])
     alone = reference.complete(self_maps[0][rows], cross_maps[0][rows], torch.full((35,), 1 / 35))
-    expected, _ = reference.segment([alone], [alone], 5, 7, [1])
+    expected, *_ = reference.segment([alone], [alone], 5, 7, [1])
     assert torch.equal(other[rows], expected)
 
 

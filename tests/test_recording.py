@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import scfg
 from scfg import evidence
 from scfg.models.unet import UNet, UNetConfig
-from scfg.recording.hooks import find_blocks
+from scfg.recording.blocks import find_blocks
 
 COMMON = {"norm_num_groups": 8, "layers_per_block": 1, "cross_attention_dim": 24}
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

@@ -121,11 +121,11 @@ def test_segment_gives_one_hot_evidence_its_regions_and_ties_to_the_lowest_token
     owner = torch.tensor([[0, 0, 2, 2, 2], [0, 0, 2, 2, 2], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     evidence = torch.nn.functional.one_hot(owner.flatten(), 4).float()[None] * 100
     evidence = torch.cat([evidence, 100 - evidence[..., :1]], dim=-1)
-    labels, foreground = reference.segment([evidence], [evidence], 4, 5, [1])
+    labels, foreground, _ = reference.segment([evidence], [evidence], 4, 5, [1])
     assert torch.equal(labels[0], owner)
     assert torch.equal(foreground[0], owner != 0)
     tied = torch.ones(1, 20, 5)
-    labels, foreground = reference.segment([tied], [tied], 4, 5, [1])
+    labels, foreground, _ = reference.segment([tied], [tied], 4, 5, [1])
     assert (labels == 0).all() and not foreground.any()
 
 
@@ -133,8 +133,8 @@ def test_segment_permutes_labels_with_tokens():
     g = torch.Generator().manual_seed(4)
     evidence = torch.rand(2, 35, 6, generator=g)
     order = torch.tensor([0, 3, 1, 4, 2, 5])
-    labels, _ = reference.segment([evidence], [evidence], 5, 7, [1])
-    permuted, _ = reference.segment([evidence[..., order]], [evidence], 5, 7, [1])
+    labels, *_ = reference.segment([evidence], [evidence], 5, 7, [1])
+    permuted, *_ = reference.segment([evidence[..., order]], [evidence], 5, 7, [1])
     assert torch.equal(order[permuted], labels)
 
 

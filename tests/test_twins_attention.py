@@ -9,7 +9,7 @@ from conftest import DEVICE, assert_close
 from scfg import reference
 
 attention = import_module("csrc_triton.attention")
-propagate = import_module("csrc_triton.propagate")  # the package exports a function of that name
+propagate = import_module("csrc_triton.evidence")  # the package exports a function of that name
 
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),

@@ -99,7 +99,7 @@ def smoothed(levels, h, w, factors):
 def test_segment(b, h, w, factors, t, u, dtype):
     tokens = evidence(b, h, w, factors, t + 1, dtype)
     start = evidence(b, h, w, factors, u + 1, dtype, seed=1)
-    labels, foreground = csrc_triton.segment(tokens, start, h, w, factors)
+    labels, foreground, flat = csrc_triton.segment(tokens, start, h, w, factors)
     assert labels.dtype == torch.int64 and foreground.dtype == torch.bool
 
     exact = [smoothed(double(x), h, w, factors) for x in (tokens, start)]
@@ -119,7 +119,7 @@ def test_segment(b, h, w, factors, t, u, dtype):
 def test_the_lowest_of_equal_tokens_wins_within_and_across_blocks_of_tokens():
     column = evidence(1, 7, 11, [1, 2], 1)
     equal = [x.expand(-1, -1, 21).contiguous() for x in column]
-    labels, foreground = csrc_triton.segment(equal, equal, 7, 11, [1, 2])
+    labels, foreground, _ = csrc_triton.segment(equal, equal, 7, 11, [1, 2])
     assert labels.eq(0).all() and not foreground.any()
     for x in equal:
         x[..., :17] = 0

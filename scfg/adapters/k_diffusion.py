@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided
+from scfg.recording.predictor import Predictor
 from scfg.recording.run import Run
-from scfg.recording.wrapper import Predictor
 
 
 def denoiser(

@@ -12,8 +12,8 @@ from scfg.guidance import Guided, cfg
 from scfg.models.embedded import ShapesModel
 from scfg.models.text import END, START
 from scfg.recording.phrases import weigh_phrases
+from scfg.recording.predictor import Predictor
 from scfg.recording.run import Run
-from scfg.recording.wrapper import Predictor
 
 METHODS = {"cfg": "CFG", "scfg": "S-CFG"}
 SAMPLERS = {

@@ -1,9 +1,4 @@
-"""U-Nets: which modules are transformer blocks, and the queries and keys of one that has just run.
-
-A transformer block is a module with exactly two children that have ``to_q``, ``to_k``, ``heads``:
-self-attention, then cross-attention (diffusers, CompVis, ComfyUI, `scfg.models.unet`), or an
-attention module with ``add_k_proj``, whose keys are text and image at once (DeepFloyd IF).
-"""
+"""Hooks on the transformer blocks of a U-Net: the queries and keys of one that has just run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,55 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from scfg.recording.blocks import find_blocks, folding_module
+
 PROJECTIONS = ("to_q", "to_k", "add_k_proj")
 NORMS = {"to_q": "norm_q", "to_k": "norm_k"}
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("to_q", "to_k", "heads"))
-
-
-def _is_joint(module: nn.Module) -> bool:
-    return _is_attention(module) and getattr(module, "add_k_proj", None) is not None
-
-
-def find_blocks(unet: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """Every transformer block of a U-Net.
-
-    Returns:
-        Name and attention modules of each, [self, cross] or [joint], in order of registration.
-
-    Raises:
-        ValueError: There is none.
-    """
-    blocks = []
-    for name, module in unet.named_modules():
-        attentions = [child for child in module.children() if _is_attention(child)]
-        if _is_joint(module):
-            blocks.append((name, [module]))
-        elif len(attentions) == 2 and not any(map(_is_joint, attentions)):
-            blocks.append((name, attentions))
-    if not blocks:
-        raise ValueError(
-            "unet must have transformer blocks (modules with to_q, to_k, heads, self- before "
-            f"cross-attention), found none in {type(unet).__name__}"
-        )
-    return blocks
-
-
-def folding_module(unet: nn.Module, name: str) -> nn.Module:
-    """The module after which a block's attention is folded: the block itself.
-
-    A block that is compiled by itself shares its code with its likes, for as long as their hooks
-    do the same; folding differs from layer to layer and is done after what holds the block.
-    """
-    module = unet.get_submodule(name)
-    while isinstance(module, nn.ModuleList) or getattr(module, "_compiled_call_impl", None):
-        name = name.rpartition(".")[0]
-        module = unet.get_submodule(name)
-        if not name:
-            break
-    return module
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,156 +1,197 @@
-"""Predictors for loops that call a model."""
+"""A network that remembers the attention of its last call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided, cfg
-from scfg.recording.network import UNetWrapper
-from scfg.recording.run import Run
+from scfg.evidence import Evidence
+from scfg.guidance import Guided, Regions, find_regions, guide_regions
+from scfg.recording.layouts import Layout, find_layout, repack, unpack
+from scfg.recording.recorder import AttentionLayer, AttentionRecorder
+from scfg.recording.replayed import TransformerRecorder
 
 
-class Predictor:
-    """Guided predictions of a loop that calls a model: S-CFG where the run acts, else plain CFG.
+class Recorder:
+    """A network that remembers the attention of its last call: same call, same output, bit for bit.
 
-        prediction = predictor(x, level, uncond, cond)
+        with Recorder(unet) as unet:
+            eps_uncond, eps_text = unet(torch.cat([x, x]), t, context).chunk(2)
+            eps = unet.guide(eps_uncond, eps_text, guidance_scale=7.5).eps
 
-    Conditions of one shape make one batched call of the model, [uncond, cond]; others (77 and 154
-    tokens, dictionaries) two. Extra keywords of a call go to the model. What the model speaks (eps,
-    v, x0, flow) does not matter: at one noise level differences are proportional, and rates are
-    ratios.
+    The same lines hold for a transformer, whose predictions `guide` takes and gives in the form in
+    which the model returns them (packed, lists, with a variance).
 
-    With a window or kept regions the predictor has to know its run. A new one begins where noise
-    rises, the conditions are other objects, or the batch has another shape; else say `begin`.
+    The two branches may also be two calls. Whether they arrive as rows or as calls, ``order`` says
+    which comes first; calls may differ in their number of tokens.
 
     Args:
-        model: ``(x, level, condition, **extra) -> prediction``, (b, c, H, W).
-        unet: The module within model whose attention is recorded.
-        guidance_scale: Float or (b,) tensor, > 0.
-        run: Window, kept regions and callback.
-        token_weights: (t,) or (prompts, t) multiplies the rate of each token's region, or None.
-        levels: Levels that the loop visits, falling; needed unless every step is the same.
-        observe: Only look: the callback gets what S-CFG would do, predictions are plain CFG.
+        model: A U-Net with transformer blocks (see `scfg.recording.hooks`), whose first 4-D tensor
+            argument is the latent; or a transformer (see `scfg.recording.layouts`); or a
+            torch.compile of one, that has not run yet.
+        config: Constants.
+        backend: See `scfg.ops`.
+        order: ``("uncond", "text")`` or ``("text", "uncond")``.
+        keep_maps: Keep the maps of the last call's layers, for `attention`.
+        layout: Row of a transformer whose class is not in the table.
 
     Attributes:
-        unet: The `UNetWrapper`.
+        words: Of a transformer: (t,) or (rows, t), the word of the prompt that each column of the
+            text belongs to, see `TransformerRecorder.start`; None: each is one.
 
     Raises:
-        ValueError: No transformer block found, or levels missing.
-        RuntimeError: On a call: see `AttentionRecorder.finish`.
+        ValueError: No transformer block found, no layout, or bad order.
     """
 
     def __init__(
         self,
-        model: Callable,
-        unet: nn.Module,
-        guidance_scale: float | Tensor,
-        run: Run,
-        token_weights: Tensor | None = None,
-        levels: Sequence[float] | None = None,
-        observe: bool = False,
+        model: nn.Module,
+        config: SCFGConfig = SCFGConfig(),  # noqa: B008  (frozen)
+        backend: str = "auto",
+        order: tuple[str, str] = ("uncond", "text"),
+        keep_maps: bool = False,
+        layout: Layout | None = None,
     ):
-        if levels is None and not run.always:
-            raise ValueError("start, stop and every need the levels that the loop visits, got none")
-        self.model, self.guidance_scale, self.run = model, guidance_scale, run
-        self.token_weights, self.observe = token_weights, observe
-        self.unet = UNetWrapper(unet, run.config, run.backend)
-        self._levels = levels
-        self.begin()
-
-    def begin(self) -> None:
-        """Begin a new run: regions of the one before are forgotten."""
-        self.run.begin()
-        self._step, self._of = 0, (None, None, None)
-
-    def _plan(self, x: Tensor, level, uncond, cond) -> tuple[bool, bool]:
-        """Whether S-CFG acts on a call, and whether it then finds regions."""
-        if self.run.always:
-            return True, True
-        level = float(level.flatten()[0]) if isinstance(level, Tensor) else float(level)
-        step, steps = self.run.place(level, self._levels)
-        shape, *conditions = self._of
-        same = x.shape == shape and conditions[0] is uncond and conditions[1] is cond
-        if step < self._step or not same:
-            self.begin()
-        self._step, self._of = step, (x.shape, uncond, cond)
-        acts = self.run.acts_at(step, steps)
-        return acts, acts and self.run.records_at(step, steps)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, level, uncond, cond, **extra) -> Tensor:
-        """The guided prediction (b, c, H, W) of x at a level: a number, 0-d or (b,)."""
-        acts, records = self._plan(x, level, uncond, cond)
-
-        def call(x: Tensor, level, condition) -> Tensor:
-            if not records:
-                return self.model(x, level, condition, **extra)
-            return self.unet.record(x, lambda: self.model(x, level, condition, **extra))
-
-        if isinstance(cond, Tensor) and isinstance(uncond, Tensor) and cond.shape == uncond.shape:
-            many = isinstance(level, Tensor) and level.dim() > 0
-            twice = torch.cat([level, level]) if many else level
-            both = call(torch.cat([x, x]), twice, torch.cat([uncond, cond]))
-            eps_uncond, eps_text = both.chunk(2)
+        if sorted(order) != ["text", "uncond"]:
+            raise ValueError(f"order must be ('uncond', 'text') or its reverse, got {order!r}")
+        self.model, self.config, self.backend, self.order = model, config, backend, tuple(order)
+        self.words: Tensor | None = None
+        layout = find_layout(model) if layout is None else layout
+        if layout is None:
+            self._recorder = AttentionRecorder(model, config, backend, keep_maps)
         else:
-            eps_uncond, eps_text = (call(x, level, condition) for condition in (uncond, cond))
-        if records:
-            self.run.keep(self.unet.regions(len(x)))
-        if acts:
-            guided = self.run.guide(eps_uncond, eps_text, self.guidance_scale, self.token_weights)
-            if not self.observe:
-                return guided.eps
-        return cfg(eps_uncond, eps_text, self.guidance_scale)
+            self._recorder = TransformerRecorder(model, config, backend, keep_maps, layout)
+        self.layout = layout
+        self._calls: list[Evidence] = []
+
+    def __call__(self, *args, **kwargs):
+        """Call the network and record it.
+
+        Raises:
+            RuntimeError: Not every attention module was seen once (see `AttentionRecorder.finish`).
+        """
+        if self.layout is not None:
+            self._recorder.start(args, kwargs, self.words)
+            return self._finish(lambda: self.model(*args, **kwargs))
+        sample = next(
+            (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4), None
+        )
+        if sample is None:
+            raise ValueError(
+                "the U-Net must be called with a latent (b, c, H, W), got no 4-D tensor"
+            )
+        return self.record(sample, lambda: self.model(*args, **kwargs))
+
+    def record(self, sample: Tensor, call: Callable[[], object]):
+        """Record the network inside ``call()``, which runs it once on a latent of sample's size.
+
+        Returns:
+            What ``call()`` returns.
+
+        Raises:
+            RuntimeError: As a call of the wrapper does.
+        """
+        if self.layout is None:
+            self._recorder.start(sample)
+            return self._finish(call)
+
+        def start(model, args, kwargs):
+            self._recorder.start(args, kwargs, self.words)
+
+        hook = self.model.register_forward_pre_hook(start, with_kwargs=True)
+        try:
+            return self._finish(call)
+        finally:
+            hook.remove()
+
+    def _finish(self, call: Callable[[], object]):
+        """What a call that has been started returns."""
+        try:
+            output = call()
+            self._calls = [*self._calls[-1:], self._recorder.finish()]
+        except BaseException:
+            self._recorder.abort()
+            self._calls = []
+            raise
+        return output
+
+    @property
+    def attention(self) -> list[AttentionLayer]:
+        """Layers of the last call in forward order, with their maps if ``keep_maps``."""
+        return self._recorder.layers if self._calls else []
+
+    def regions(self, b: int) -> Regions:
+        """Regions of b images by what the call, or the two calls, for them recorded.
+
+        Raises:
+            RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
+        """
+        rows = [call.total(call.reductions[0]).shape[0] for call in self._calls]
+        if rows[-1:] == [2 * b]:
+            parts = [self._calls[-1].rows(0, b), self._calls[-1].rows(b, 2 * b)]
+        elif rows == [b, b]:
+            parts = self._calls
+        else:
+            raise RuntimeError(
+                f"guide needs one recorded call of {2 * b} rows or two of {b}, got {rows or 'none'}"
+            )
+        branches = dict(zip(self.order, parts, strict=True))
+        return find_regions(
+            uncond=branches["uncond"],
+            text=branches["text"],
+            config=self.config,
+            backend=self.backend,
+        )
+
+    def guide(
+        self,
+        eps_uncond: Tensor,
+        eps_text: Tensor,
+        guidance_scale: float | Tensor,
+        token_weights: Tensor | None = None,
+    ) -> Guided:
+        """S-CFG of two predictions by what the call, or the two calls, that made them recorded.
+
+        Args:
+            eps_uncond: (b, c, H, W); of a transformer, b rows in the form that it returns.
+            eps_text: The same form.
+            guidance_scale: Float or (b,) tensor, > 0.
+            token_weights: (t,) or (b, t) multiplies the rate of each token's region, or None.
+
+        Returns:
+            Guided, see `semantic_cfg`.
+
+        Raises:
+            RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
+        """
+        like = eps_text
+        if self.layout is not None:
+            grid = self._recorder.grid
+            eps_uncond, eps_text = (unpack(x, self.layout, grid) for x in (eps_uncond, eps_text))
+        guided = guide_regions(
+            eps_uncond,
+            eps_text,
+            self.regions(len(like)),
+            guidance_scale,
+            self.config,
+            self.backend,
+            token_weights,
+        )
+        if self.layout is None:
+            return guided
+        return replace(guided, eps=repack(guided.eps, like, self.layout, grid))
 
     def remove(self) -> None:
-        """Leave the U-Net exactly as it was found."""
-        self.unet.remove()
-        self.begin()
+        """Leave the network exactly as it was found."""
+        self._recorder.remove()
+        self._calls = []
 
-    def __enter__(self) -> "Predictor":
+    def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_) -> None:
         self.remove()
 
 
-def guided(
-    unet: nn.Module,
-    guidance_scale: float | Tensor = 7.5,
-    config: SCFGConfig = SCFGConfig(),  # noqa: B008  (frozen)
-    backend: str = "auto",
-    callback: Callable[[Guided], None] | None = None,
-    token_weights: Tensor | None = None,
-    timesteps: Sequence[float] | None = None,
-    start: float = 0.0,
-    stop: float = 1.0,
-    every: int = 1,
-) -> Predictor:
-    """A predictor ``(x, t, uncond, cond) -> eps`` with S-CFG, for any sampler loop.
-
-    Args:
-        unet: Called as ``unet(x, t, context)``; its output is a tensor or has ``.sample``.
-        guidance_scale: Float or (b,) tensor, > 0.
-        config: Constants.
-        backend: See `scfg.ops`.
-        callback: Called with the `Guided` of every step on which S-CFG acted.
-        token_weights: See `Predictor`.
-        timesteps: Those the loop visits, falling; needed by start, stop and every.
-        start: See `Run`.
-        stop: See `Run`.
-        every: See `Run`.
-
-    Returns:
-        The predictor; ``remove()`` it when done, or use it in a ``with`` block.
-
-    Raises:
-        ValueError: No transformer block found, or an argument missing or out of range.
-    """
-
-    def model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        output = unet(x, t, context)
-        return output if isinstance(output, Tensor) else output.sample
-
-    run = Run(config, backend, callback, start, stop, every)
-    return Predictor(model, unet, guidance_scale, run, token_weights, timesteps)
+UNetWrapper = Recorder  # its name among U-Nets

@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from scfg.adapters.comfyui.regions import clip_weights, draw, parse_phrases
 from scfg.adapters.comfyui.run import KEY, ComfyRun
 from scfg.config import PROPAGATIONS, SCFGConfig
-from scfg.recording.hooks import find_blocks
+from scfg.recording.blocks import find_blocks
 
 PRE_CFG = "sampler_pre_cfg_function"
 
@@ -23,7 +23,7 @@ def patch(model, run: ComfyRun):
         ModelPatcher.
 
     Raises:
-        ValueError: The model has no transformer block, see `scfg.recording.hooks`.
+        ValueError: The model has no transformer block, see `scfg.recording.blocks`.
     """
     find_blocks(model.model.diffusion_model)
     model = model.clone()

@@ -65,18 +65,22 @@ def compose(
 
     if len(text) == len(uncond) == 1 and text[0].area is uncond[0].area is None:
         found = find(text[0], uncond[0])
-        maps = (reference.spread(x, *size, factor) for x in (found.labels, found.foreground))
-        return Regions(*maps, tokens)
+        labels, foreground = (
+            reference.spread(x, *size, factor) for x in (found.labels, found.foreground)
+        )
+        return Regions(labels, foreground, tokens, found.start_is_flat)
     found = [find(part, part) for part in text]
     first, labels = 0, []
     for part, regions in zip(text, found, strict=True):
         labels.append(regions.labels + first)
         first += part.tokens
-    marked, marks = text, found
+    foreground = _lay(text, [regions.foreground for regions in found], size, factor)
+    marks = found if config.foreground == "cond" else [find(part, part) for part in uncond]
+    flat = torch.stack([regions.start_is_flat.to(labels[0].device) for regions in marks]).any(dim=0)
     if config.foreground == "uncond":
-        marked, marks = uncond, [find(part, part) for part in uncond]
-    foreground = _lay(marked, [regions.foreground for regions in marks], size, factor)
-    return Regions(_lay(text, labels, size, factor), foreground, tokens)
+        marked = _lay(uncond, [regions.foreground for regions in marks], size, factor)
+        foreground = foreground.where(flat[:, None, None], marked)
+    return Regions(_lay(text, labels, size, factor), foreground, tokens, flat)
 
 
 def _lay(parts: list[Part], maps: list[Tensor], size: tuple[int, int], factor: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from csrc_triton.blur import _blurred_upsampling
 from csrc_triton.launch import check_inputs, on_device_of
 
+NO_START = tl.constexpr(1e-5)  # as in scfg.reference
 SHAPES = (  # h, w, t, factors of the usual sizes
     (16, 16, 77, (1, 2)), (32, 32, 77, (1, 2)),  # SD 1.5 at 512 and 1024
     (24, 24, 77, (1, 2)),  # SD 2.1 at 768
@@ -58,7 +59,41 @@ def _blurred_level(x_ptr, column, active, stride, top, left, h, w,
 
 
 @triton.jit
-def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, t, u, h, w,
+def _start_is_flat(x_ptr, image, stride, h, w, FACTORS: tl.constexpr):
+    """Whether column 0 says the same of every patch of an image, at every level."""
+    CHUNK: tl.constexpr = 256
+    flat = True
+    for level in tl.static_range(len(FACTORS)):
+        n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
+        low = tl.full((CHUNK,), float("inf"), tl.float32)
+        high = tl.full((CHUNK,), float("-inf"), tl.float32)
+        for begin in range(0, n, CHUNK):
+            patch = begin + tl.arange(0, CHUNK)
+            value_ptr = x_ptr[level] + image * n * stride + patch * stride
+            low = tl.minimum(low, tl.load(value_ptr, mask=patch < n, other=float("inf")))
+            high = tl.maximum(high, tl.load(value_ptr, mask=patch < n, other=float("-inf")))
+        most = tl.max(high, axis=0)
+        flat = flat & (most - tl.min(low, axis=0) <= most * NO_START)
+    return flat
+
+
+@triton.jit
+def _start_loses(x_ptr, image, last, top, left, h, w, FACTORS: tl.constexpr, WIDTHS: tl.constexpr,
+                 ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Whether the last column exceeds START on each patch of a tile: (COLS, ROWS) bool."""
+    side = tl.arange(0, 2)  # START, the rest
+    total = tl.full((COLS, ROWS * 2), 0.0, tl.float32)
+    for level in tl.static_range(len(FACTORS)):
+        n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
+        total += _blurred_level(x_ptr[level] + image * n * (last + 1), side * last, side < 2,
+                                last + 1, top, left, h, w,
+                                FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
+    margin = tl.where((side == 0)[None, None, :], -1.0, 1.0) * tl.reshape(total, (COLS, ROWS, 2))
+    return tl.sum(margin, axis=2) > 0
+
+
+@triton.jit
+def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, flat_ptr, t, u, h, w,
                     FACTORS: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
                     COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """Labels and foreground of one tile of ROWS x COLS patches of one image.
@@ -81,22 +116,22 @@ def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, t, u, h, 
             total += _blurred_level(x_ptr, token, token < t, t + 1, top, left, h, w,
                                     FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
         total = tl.reshape(total, (COLS, ROWS, TOKENS))
-        total = tl.where((token < t)[None, None, :], total, float("-inf"))
+        wins = (token < t)[None, None, :] & (total == total)  # NaN does not
+        total = tl.where(wins, total, float("-inf"))
         value, index = tl.max(total, axis=2, return_indices=True)  # lowest index on ties
         label = tl.where(value > best, block + index, label)
         best = tl.maximum(best, value)
-    side = tl.arange(0, 2)  # START, the rest
-    total = tl.full((COLS, ROWS * 2), 0.0, tl.float32)
-    for level in tl.static_range(len(FACTORS)):
-        n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
-        x_ptr = start_ptr[level] + image * n * (u + 1)
-        total += _blurred_level(x_ptr, side * u, side < 2, u + 1, top, left, h, w,
-                                FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
-    margin = tl.where((side == 0)[None, None, :], -1.0, 1.0) * tl.reshape(total, (COLS, ROWS, 2))
+    flat = _start_is_flat(start_ptr, image, u + 1, h, w, FACTORS)
+    if flat:
+        marked = _start_loses(tokens_ptr, image, t, top, left, h, w, FACTORS, WIDTHS, ROWS, COLS)
+        marked = marked & ~_start_is_flat(tokens_ptr, image, t + 1, h, w, FACTORS)
+    else:
+        marked = _start_loses(start_ptr, image, u, top, left, h, w, FACTORS, WIDTHS, ROWS, COLS)
     row, col = top + tl.arange(0, ROWS)[None, :], left + tl.arange(0, COLS)[:, None]
     offset, inside = (image * h + row) * w + col, (row < h) & (col < w)
     tl.store(labels_ptr + offset, label.to(tl.int64), mask=inside)
-    tl.store(foreground_ptr + offset, tl.sum(margin, axis=2) > 0, mask=inside)
+    tl.store(foreground_ptr + offset, marked, mask=inside)
+    tl.store(flat_ptr + image, flat)  # the same from every program of the image
 
 
 def _blocks(w: int, factors: list[int]) -> dict:
@@ -108,7 +143,7 @@ def _blocks(w: int, factors: list[int]) -> dict:
 
 def segment(
     tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Give each patch to the token with the largest evidence, and mark the foreground.
 
     Twin of `scfg.reference.segment`: same arguments, same results, accumulated in float32. Any
@@ -122,13 +157,14 @@ def segment(
     b, _, columns = tokens[0].shape
     labels = tokens[0].new_empty((b, h, w), dtype=torch.int64)
     foreground = tokens[0].new_empty((b, h, w), dtype=torch.bool)
+    flat = tokens[0].new_empty((b,), dtype=torch.bool)
     blocks = _blocks(w, factors)
     grid = (b, triton.cdiv(h, blocks["ROWS"]), triton.cdiv(w, blocks["COLS"]))
     with on_device_of(labels):
         _segment_kernel[grid](
-            tuple(tokens), tuple(start), labels, foreground, columns - 1, start[0].shape[2] - 1,
-            h, w, **blocks, num_warps=8, num_stages=2)  # fmt: skip
-    return labels, foreground
+            tuple(tokens), tuple(start), labels, foreground, flat, columns - 1,
+            start[0].shape[2] - 1, h, w, **blocks, num_warps=8, num_stages=2)  # fmt: skip
+    return labels, foreground, flat
 
 
 def specializations():
