@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, Regions, find_regions, guide_regions
-from scfg.recording.layouts import Layout, find_layout, repack, unpack
+from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
 from scfg.recording.recorder import AttentionLayer, AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
 
@@ -120,6 +120,22 @@ class Recorder:
     def attention(self) -> list[AttentionLayer]:
         """Layers of the last call in forward order, with their maps if ``keep_maps``."""
         return self._recorder.layers if self._calls else []
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the last call says.
+
+        Raises:
+            RuntimeError: None is recorded.
+        """
+        if not self._calls:
+            raise RuntimeError("no call is recorded")
+        return self._calls[-1]
+
+    @property
+    def grid(self) -> Grid | None:
+        """(f, h, w) of the patches of a transformer's last call; None for a U-Net."""
+        return None if self.layout is None else self._recorder.grid
 
     def regions(self, b: int) -> Regions:
         """Regions of b images by what the call, or the two calls, for them recorded.
