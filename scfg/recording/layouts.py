@@ -186,7 +186,10 @@ def find_layout(model: nn.Module) -> Layout | None:
 
 
 def find_layers(
-    model: nn.Module, layout: Layout, layers: str | tuple[int | str, ...] | None
+    model: nn.Module,
+    layout: Layout,
+    layers: str | tuple[int | str, ...] | None,
+    missing: bool = True,
 ) -> dict[str, list[str]]:
     """Attention modules of the chosen blocks.
 
@@ -194,6 +197,7 @@ def find_layers(
         model: The transformer.
         layout: Its row.
         layers: See `SCFGConfig.layers`.
+        missing: Whether a block without attention is an error; else it is left out.
 
     Returns:
         By name of the block, in forward order, the names of its attention modules.
@@ -219,6 +223,8 @@ def find_layers(
             layer = names[layer]
         block = next((name for name in names if layer == name or layer.startswith(name + ".")), None)
         modules = [f"{block}.{attention}" for attention in layout.attention]
+        if not missing and not all(_has(model, module) for module in modules):
+            continue
         if block is None or not all(_has(model, module) for module in modules):
             raise ValueError(f"layers has {layer!r}, {kind} has no attention {layout.attention} there")
         chosen[block] = modules

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name everybody knows it by)
 from torch.overrides import TorchFunctionMode
 
-SEEN, RAN = "_scfg_seen", "_scfg_ran"  # attributes of a watched module
+# Attributes of a watched module. They are always there, so that a compiled block, which shares its
+# code with its likes, is guarded by their value.
+WANTED, SEEN, RAN = "_scfg_wanted", "_scfg_seen", "_scfg_ran"
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,61 +167,70 @@ def replay(name: str, module: nn.Module, args: tuple, kwargs: dict, linear: bool
 
 
 def _keep(module, args, kwargs) -> None:
-    # An attribute of the module: the one thing that compiled blocks, which share code, may differ in
-    if hasattr(module, RAN):
-        setattr(module, SEEN, (args, kwargs))
+    if module._scfg_wanted:
+        module._scfg_seen = (args, kwargs)
 
 
 def _ran(module, args, output) -> None:
     if torch.compiler.is_compiling():
         return  # replayed when the whole network has run
-    ran = getattr(module, RAN, None)
-    if ran is not None:
-        ran()
+    if module._scfg_wanted:
+        module._scfg_ran()
 
 
 class Watch:
     """Hooks on attention modules that keep what they are called with.
 
     Args:
-        modules: By name. No hook is on any other module.
+        modules: By name.
+        alike: Other modules, of which nothing is kept; they get the same hooks, for blocks that are
+            compiled one by one share their code, and torch does not guard on hooks.
         ran: Called with the name of a module that has run, unless it runs compiled.
 
     Raises:
         ValueError: A module is watched already.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], ran: Callable[[str], None]):
-        self._modules, self._ran = modules, ran
+    def __init__(
+        self, modules: dict[str, nn.Module], alike: list[nn.Module], ran: Callable[[str], None]
+    ):
+        self._modules, self._alike, self._ran = modules, alike, ran
         self._handles: list = []
-        watched = [name for name, module in modules.items() if hasattr(module, "_scfg_watched")]
+        watched = [name for name, module in modules.items() if hasattr(module, WANTED)]
+        watched += [type(module).__name__ for module in alike if hasattr(module, WANTED)]
         if watched:
             raise ValueError(f"attention is recorded already, by another recorder: {watched}")
-        for module in modules.values():
-            module._scfg_watched = True
+        for name, module in modules.items():
+            setattr(module, WANTED, False)
+            setattr(module, SEEN, None)
+            setattr(module, RAN, lambda name=name: self._ran(name))
+        for module in alike:
+            setattr(module, WANTED, False)
+        for module in (*modules.values(), *alike):
             self._handles.append(module.register_forward_pre_hook(_keep, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_ran))
 
     def begin(self) -> None:
         """Listen."""
-        for name, module in self._modules.items():
-            setattr(module, RAN, lambda name=name: self._ran(name))
+        for module in self._modules.values():
+            setattr(module, WANTED, True)
 
     def seen(self, name: str) -> bool:
         """Whether a module has run since `begin` and was not taken."""
-        return SEEN in vars(self._modules[name])
+        return getattr(self._modules[name], SEEN) is not None
 
     def take(self, name: str, linear: bool = False) -> Scores:
         """`replay` of a module, whose call is then forgotten."""
         module = self._modules[name]
-        args, kwargs = vars(module).pop(SEEN)
+        args, kwargs = getattr(module, SEEN)
+        setattr(module, SEEN, None)
         return replay(name, module, args, kwargs, linear)
 
     def clear(self) -> None:
         """Stop listening and forget what was seen."""
-        for module in self._modules.values():
-            vars(module).pop(SEEN, None)
-            vars(module).pop(RAN, None)
+        for module in self._modules.values() if self._handles else ():
+            setattr(module, WANTED, False)
+            setattr(module, SEEN, None)
 
     def remove(self) -> None:
         """Leave the modules as they were found."""
@@ -227,5 +238,8 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         for module in self._modules.values() if self._handles else ():
-            del module._scfg_watched
+            for name in (WANTED, SEEN, RAN):
+                delattr(module, name)
+        for module in self._alike if self._handles else ():
+            delattr(module, WANTED)
         self._handles.clear()

@@ -58,7 +58,10 @@ class TransformerRecorder:
         self._blocks = find_layers(model, layout, config.layers)
         self._block_of = {name: block for block, names in self._blocks.items() for name in names}
         plain = getattr(model, "_orig_mod", model)
-        self._watch = Watch({n: plain.get_submodule(n) for n in self._block_of}, self._ran)
+        chosen = {name: plain.get_submodule(name) for name in self._block_of}
+        every = find_layers(model, layout, None, missing=False)
+        names = [name for block in every.values() for name in block if name not in chosen]
+        self._watch = Watch(chosen, [plain.get_submodule(name) for name in names], self._ran)
         self._weights: dict[tuple, Tensor] = {}
         self.abort()
 
