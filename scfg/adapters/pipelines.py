@@ -67,6 +67,7 @@ class AttachedTransformers:
         self.schedule, self.step = None, -1
         self.unguided = 0  # text calls since the last one that was followed by its other branch
         self.warned = False
+        self.branches: list[Branches] = []
         self._undo: list[Callable[[], object]] = []
 
     def add(self) -> None:
@@ -76,6 +77,7 @@ class AttachedTransformers:
             vars(module)[MARK] = self
             self._undo.append(lambda module=module: vars(module).pop(MARK))
             branch = Branches(self, model)
+            self.branches.append(branch)
             self._undo.append(branch.recorder.remove)
             self._undo.append(around(model, branch.before, branch.after, branch.forget))
         if hasattr(self.pipe, "encode_prompt"):

@@ -32,6 +32,9 @@ class TransformerRecorder:
     Attributes:
         layout: The row.
         layers: Blocks folded in the last call, in forward order, with their maps where kept.
+        apart: Keep the evidence of each layer apart, and its text_masses, to compare them.
+        names: Blocks folded in the last call, in the order of that evidence.
+        finished: Evidence of the last call.
 
     Raises:
         ValueError: No row fits, a layer is not there, or attention is recorded already.
@@ -55,6 +58,10 @@ class TransformerRecorder:
         self.model, self.layout, self.config, self.backend = model, layout, config, backend
         self.keep_maps = keep_maps
         self.layers: list[AttentionLayer] = []
+        self.names: list[str] = []
+        self.text_masses: list[Tensor] = []
+        self.apart = False
+        self.finished: Evidence | None = None
         self._blocks = find_layers(model, layout, config.layers)
         self._block_of = {name: block for block, names in self._blocks.items() for name in names}
         plain = getattr(model, "_orig_mod", model)
@@ -89,7 +96,7 @@ class TransformerRecorder:
         self._call = call_arguments(self.model, args, kwargs)
         self._grid = self.layout.grid(self.model_itself, self._call)
         self._words, self._rows = words, rows
-        self.layers = []
+        self.layers, self.names, self.text_masses = [], [], []
         self._evidence = Evidence(self._grid[1:])
         self._watch.begin()
 
@@ -131,6 +138,7 @@ class TransformerRecorder:
                 "torch._dynamo.reset() first"
             )
         order = list(self._blocks)
+        self.finished = evidence
         self.layers.sort(key=lambda layer: order.index(layer.name))
         return evidence
 
@@ -178,12 +186,16 @@ class TransformerRecorder:
         if self_map is None and self.config.propagation != "none":
             columns = attend.propagate(columns)
         propagation = "none" if self_map is None else self.config.propagation
-        total = self._evidence.levels.get(1, [None])[0]
+        layers = self._evidence.levels.setdefault(1, [])
+        total = layers.pop() if layers and not self.apart else None
         steps, weights = self.config.propagation_steps, self._spatial(q.device)
         folded = ops.complete(
             self_map, columns, weights, total, propagation, steps, self.backend
         )
-        self._evidence.levels[1] = [folded]
+        layers.append(folded)
+        self.names.append(block)
+        if self.apart:
+            self.text_masses.append(cross_map.sum(dim=-1).mean())
         kept = (self_map, cross_map) if self.keep_maps else (None, None)
         self.layers.append(AttentionLayer(block, 1, (f * h, w), *kept))
 
