@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfg.models.shapes import COLOURS, SHAPES, TEXTURES
+from scfg.models.emoji import LENGTH, WORDS
 
 START, END = "<start>", "<end>"
-WORDS = ("a", "and", "on", "background", *SHAPES, *COLOURS, *TEXTURES[1:])  # plain is not said
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,11 @@ class Tokenizer:
 
     Attributes:
         words: The known words.
-        length: Tokens of every encoded caption; the longest caption of a scene needs all 16.
+        length: Tokens of every encoded caption; the longest caption of a scene needs 22.
     """
 
     words: tuple[str, ...] = WORDS
-    length: int = 16
+    length: int = LENGTH
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -80,9 +79,9 @@ class Tokenizer:
             ValueError: As in `__call__`.
         """
         tokens = self.tokens(caption)
-        starts = [i + 1 for i, token in enumerate(tokens) if token == "a"]
+        starts = [i + 1 for i, token in enumerate(tokens) if token in ("a", "an")]
         ends = [
-            next(i for i in range(start, self.length) if tokens[i] in ("a", "and", "on", END))
+            next(i for i in range(start, self.length) if tokens[i] in ("and", "on", END))
             for start in starts
         ]
         return tuple(zip(starts, ends, strict=True))

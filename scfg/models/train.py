@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scfg.models.embedded import WEIGHTS, assemble, save_weights
-from scfg.models.shapes import caption, sample_scenes
+from scfg.models.emoji import caption, sample_scenes
 from scfg.models.training import Plan, Trainer
 from scfg.sampling import ddim
 

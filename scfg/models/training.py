@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scfg.models.embedded import ModelConfig, networks, to_latents
-from scfg.models.shapes import caption, render, sample_scenes
+from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.text import Tokenizer
 from scfg.models.unet import UNetConfig
 from scfg.sampling import scaled_linear
