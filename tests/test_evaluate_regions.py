@@ -27,7 +27,7 @@ def model():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         parts = networks(TINY)
-    return assemble(parts.eval().requires_grad_(False))
+    return assemble(parts.eval().requires_grad_(False), TINY)
 
 
 SCENES = sample_scenes(6, np.random.default_rng(3))

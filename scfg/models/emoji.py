@@ -53,7 +53,7 @@ COUNTS = (0.25, 0.35, 0.25, 0.15)  # share of scenes with 1, 2, 3, 4 objects
 LARGEST = (34.0, 32.0, 27.0, 25.0)  # width in pixels of a large object among so many
 SMALLEST = 14.0
 WORDS = ("a", "an", "and", "on", "background", *NOUNS, *COLOURS, *SIZES, *TEXTURES[1:])
-LENGTH = 24  # tokens of the longest caption, with START and END
+LENGTH = 24  # tokens of the longest caption, with START and END, and two more
 _NAMES = tuple(NOUNS)
 _PLACE = {noun: i for i, noun in enumerate(NOUNS)}
 
@@ -214,8 +214,10 @@ def _tinted(sprites: Tensor, colours: Tensor, tinted: Tensor) -> Tensor:
     """Sprites (k, 4, p, p), most of whose own colour gives way to another (k, 3) where tinted."""
     weights = sprites.new_tensor([0.30, 0.59, 0.11])
     light = torch.einsum("kchw,c->khw", sprites[:, :3], weights)[:, None]  # premultiplied
-    other = light * 0.9 * colours[:, :, None, None] + 0.25 * light + 0.12 * (
-        sprites[:, 3:] * colours[:, :, None, None]
+    other = (
+        light * 0.9 * colours[:, :, None, None]
+        + 0.25 * light
+        + 0.12 * (sprites[:, 3:] * colours[:, :, None, None])
     )
     mixed = torch.cat([0.15 * sprites[:, :3] + other, sprites[:, 3:]], dim=1)
     mixed[:, :3] = torch.minimum(mixed[:, :3], mixed[:, 3:])
