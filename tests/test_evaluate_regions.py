@@ -18,8 +18,8 @@ from scfg.evaluate.regions import (
     variants,
 )
 from scfg.models.embedded import assemble, networks
-from scfg.models.judge import patch_regions
 from scfg.models.shapes import caption, render, sample_scenes
+from scfg.models.shapes_judge import patch_regions
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from torch import Tensor
 from scfg.evaluate.metrics import overlap
 from scfg.guidance import semantic_cfg
 from scfg.models.embedded import CONFIG, EmbeddedModel, to_latents
-from scfg.models.judge import patch_regions
 from scfg.models.shapes import Scene, caption, render
+from scfg.models.shapes_judge import patch_regions
 from scfg.recording.wrapper import UNetWrapper
 
 POWERS = tuple(range(1, 9))

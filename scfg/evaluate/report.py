@@ -24,8 +24,8 @@ from scfg.evaluate.tradeoff import (
 )
 from scfg.evaluate.work import PROMPTS, Plan, collect, seconds_spent
 from scfg.models.embedded import EmbeddedModel
-from scfg.models.judge import WEIGHTS as JUDGE_WEIGHTS
 from scfg.models.shapes import caption
+from scfg.models.shapes_judge import WEIGHTS as JUDGE_WEIGHTS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MATCHED = {"scale": "mean scale", "strength": "strength"}

@@ -15,7 +15,7 @@ from scfg.evaluate.report import write_report
 from scfg.evaluate.work import Plan, compute, prepare, units, work
 from scfg.models.embedded import SHAPES_WEIGHTS as WEIGHTS
 from scfg.models.embedded import load_model
-from scfg.models.judge import load_judge
+from scfg.models.shapes_judge import load_judge
 
 
 def run(options: argparse.Namespace) -> list[Path]:

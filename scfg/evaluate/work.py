@@ -21,8 +21,8 @@ from scfg.evaluate.draw import Point, draw, scene
 from scfg.evaluate.inconsistency import true_spread
 from scfg.evaluate.regions import probe, score
 from scfg.models.embedded import EmbeddedModel
-from scfg.models.judge import Judge, agreement, read
 from scfg.models.shapes import render
+from scfg.models.shapes_judge import Judge, agreement, read
 
 PROMPTS, REFERENCE = 1, 2  # seeds of prompts and probed scenes, and of the reference
 SHOWN = 12  # images of each point that are kept
