@@ -283,3 +283,13 @@ def test_start_is_refused_where_none_is_known():
         eps = network(**host.call, return_dict=False)[0]
         with pytest.raises(ValueError, match="for this model none is known"):
             network.guide(eps[:1], eps[1:], 4.0)
+
+
+def test_comfyui_says_that_it_does_not_record_transformers():
+    from scfg.adapters.comfyui.run import check_unet
+
+    class LTXVModel(Own):
+        """Its blocks look like those of a U-Net: two modules with to_q, to_k, heads."""
+
+    with pytest.raises(ValueError, match=r"LTXVModel is not a U-Net.*plain CFG"):
+        check_unet(LTXVModel())
