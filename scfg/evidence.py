@@ -162,3 +162,39 @@ def fold_columns(
     """Add one layer, whose token columns (b, n, t) are propagated already, to its level."""
     complete = dataclasses.replace(config, propagation="none")
     fold(evidence, reduction, None, columns, weights, complete, backend)
+
+
+def fold_maps(
+    eps: Tensor,
+    self_maps: list[Tensor],
+    cross_maps: list[Tensor],
+    config: SCFGConfig,
+    backend: str,
+) -> Evidence:
+    """Evidence, of 2b rows, of given maps."""
+    b, size = eps.shape[0], tuple(eps.shape[-2:])
+    evidence = Evidence(size)
+    weights = level_weights(size, config, eps.device)
+    powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
+    for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
+        ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
+        n, t = cross_map.shape[1:]
+        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, n, n)
+        if t != cross_maps[0].shape[2]:
+            raise ValueError(
+                f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"
+            )
+        reduction = find_reduction(size, n, config.reductions)
+        if reduction is not None:
+            fold(evidence, reduction, self_map, cross_map, weights[reduction], config, backend)
+        elif find_reduction(size, n, powers) is None:
+            raise ValueError(
+                f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "
+                f"(H, W) = {size}, got {n}"
+            )
+    if not evidence.levels:
+        raise ValueError(
+            f"self_maps must hold a layer at one of the reductions {config.reductions} of a latent "
+            f"of size {size}, got n = {[m.shape[1] for m in self_maps]}"
+        )
+    return evidence

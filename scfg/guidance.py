@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scfg import ops
 from scfg.config import SCFGConfig
-from scfg.evidence import Evidence, find_reduction, fold, level_weights, map_grid
+from scfg.evidence import Evidence, fold_maps, map_grid
 from scfg.patches import benchmark_rule, needs_uncond, own_patches
 
 
@@ -231,14 +231,18 @@ def guide_regions(
     )
     if regions.labels.dim() == 4:
         eps, rate = (rearrange(x, "(b f) c h w -> b c f h w", f=frames) for x in (eps, rate))
-    return Guided(eps, rate, regions.labels, regions.foreground, regions.start_is_flat, regions.rule)
+    return Guided(
+        eps, rate, regions.labels, regions.foreground, regions.start_is_flat, regions.rule
+    )
 
 
 def _pixels_per_patch(eps: Tensor, labels: Tensor) -> int:
     """Latent pixels along each axis of a patch of the label grid: a power of two."""
     size, grid = tuple(eps.shape[-2:]), tuple(labels.shape[-2:])
-    if eps.dim() != labels.dim() + 1 or eps.shape[0] != len(labels) or (
-        eps.dim() == 5 and eps.shape[2] != labels.shape[1]
+    if (
+        eps.dim() != labels.dim() + 1
+        or eps.shape[0] != len(labels)
+        or (eps.dim() == 5 and eps.shape[2] != labels.shape[1])
     ):
         raise ValueError(
             f"regions must be of the same images as predictions of shape {tuple(eps.shape)}, got "
@@ -299,46 +303,10 @@ def semantic_cfg(
         )
     ops.check_predictions(eps_uncond, eps_text)
     b = eps_text.shape[0]
-    both = _fold_maps(eps_text, self_maps, cross_maps, config, backend)
+    both = fold_maps(eps_text, self_maps, cross_maps, config, backend)
     regions = find_regions(
         uncond=both.rows(0, b), text=both.rows(b, 2 * b), config=config, backend=backend
     )
     return guide_regions(
         eps_uncond, eps_text, regions, guidance_scale, config, backend, token_weights
     )
-
-
-def _fold_maps(
-    eps: Tensor,
-    self_maps: list[Tensor],
-    cross_maps: list[Tensor],
-    config: SCFGConfig,
-    backend: str,
-) -> Evidence:
-    """Evidence, of 2b rows, of given maps."""
-    b, size = eps.shape[0], tuple(eps.shape[-2:])
-    evidence = Evidence(size)
-    weights = level_weights(size, config, eps.device)
-    powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
-    for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
-        ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
-        n, t = cross_map.shape[1:]
-        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, n, n)
-        if t != cross_maps[0].shape[2]:
-            raise ValueError(
-                f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"
-            )
-        reduction = find_reduction(size, n, config.reductions)
-        if reduction is not None:
-            fold(evidence, reduction, self_map, cross_map, weights[reduction], config, backend)
-        elif find_reduction(size, n, powers) is None:
-            raise ValueError(
-                f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "
-                f"(H, W) = {size}, got {n}"
-            )
-    if not evidence.levels:
-        raise ValueError(
-            f"self_maps must hold a layer at one of the reductions {config.reductions} of a latent "
-            f"of size {size}, got n = {[m.shape[1] for m in self_maps]}"
-        )
-    return evidence

@@ -112,9 +112,7 @@ def linear_attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
     return (scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-15)).mean(dim=1)
 
 
-def split_joint(
-    joint_map: Tensor, text: int, joint: str = "renormalise"
-) -> tuple[Tensor, Tensor]:
+def split_joint(joint_map: Tensor, text: int, joint: str = "renormalise") -> tuple[Tensor, Tensor]:
     """Self and cross map of image patches whose softmax runs over text and image keys at once.
 
     ``C = J[:, :text]`` as it is; ``S = J[:, text:]``, divided by its row sums if ``joint`` is

@@ -52,7 +52,9 @@ def main(rank, store, out):
                 guide_across(network, eps, 4.0, "text")
             except RuntimeError as error:
                 found[f"{name} refused"] = torch.tensor("two ranks" in str(error))
-        found |= {f"{name} {key}": getattr(guided, key).clone() for key in ("eps", "rate", "labels")}
+        found |= {
+            f"{name} {key}": getattr(guided, key).clone() for key in ("eps", "rate", "labels")
+        }
     save_file({key: x.contiguous() for key, x in found.items()}, out)
     dist.destroy_process_group()
 

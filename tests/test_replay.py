@@ -12,8 +12,14 @@ from scfg import evidence, patches
 from scfg.recording import replayed
 from scfg.recording.layouts import Layout
 from scfg.recording.replay import replay
-from scfg.recording.replayed import MissingLayers, TransformerRecorder, group_words
-from scfg.recording.words import read_prompt, split_words, word_numbers, words_table
+from scfg.recording.replayed import MissingLayers, TransformerRecorder
+from scfg.recording.words import (
+    group_words,
+    read_prompt,
+    split_words,
+    word_numbers,
+    words_table,
+)
 
 CONFIG = scfg.SCFGConfig(min_share=0.0, min_peak=0.0)
 
@@ -40,7 +46,9 @@ def test_fused_projections_and_other_backends_say_the_same(name):
             if hasattr(getattr(module, "processor", None), "_attention_backend"):
                 module.processor._attention_backend = "_native_math"
         assert_close(actual=recorded(host).total(1), expected=expected, atol=1e-4)
-        kept = {m.processor._attention_backend for m in host.model.modules() if hasattr(m, "processor")}
+        kept = {
+            m.processor._attention_backend for m in host.model.modules() if hasattr(m, "processor")
+        }
         assert kept == {"_native_math"}
     if hasattr(host.model, "fuse_qkv_projections"):
         host.model.fuse_qkv_projections()
@@ -70,7 +78,12 @@ def test_compiled_networks_say_the_same_and_toggle(how):
 
 
 def test_maps_too_large_to_form_are_applied(monkeypatch):
-    for name, joint in (("qwen", "renormalise"), ("lumina2", "raw"), ("sana", "raw"), ("wan", "raw")):
+    for name, joint in (
+        ("qwen", "renormalise"),
+        ("lumina2", "raw"),
+        ("sana", "raw"),
+        ("wan", "raw"),
+    ):
         host = build(name)
         config = scfg.SCFGConfig(joint=joint)
         expected = recorded(host, config).total(1)

@@ -20,7 +20,9 @@ def constant(rate):
 
 def hooks(pipe):
     return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + sum(k.startswith("_scfg") for k in vars(m))
+        len(m._forward_hooks)
+        + len(m._forward_pre_hooks)
+        + sum(k.startswith("_scfg") for k in vars(m))
         for m in pipe.transformer.modules()
     )
 
@@ -156,7 +158,9 @@ def test_phrases_are_words_of_the_prompt_in_every_copy():
 
     class Tokenizer:  # each half of a word is a token
         def __call__(self, text, add_special_tokens=True):
-            ids = [hash(half) for w in text.split() for half in (w[: len(w) // 2], w[len(w) // 2 :])]
+            ids = [
+                hash(half) for w in text.split() for half in (w[: len(w) // 2], w[len(w) // 2 :])
+            ]
             return type("Ids", (), {"input_ids": [i for i in ids if i != hash("")]})
 
     embeds = {k: call.pop(k) for k in list(call) if "embeds" in k}

@@ -6,13 +6,16 @@ import pytest
 import torch
 from conftest import assert_close
 from torch.nn import functional as F
-from transformer_hosts import B, HOSTS, build, output
+from transformer_hosts import HOSTS, B, build, output
 
 import scfg
-from scfg.recording.layouts import LAYOUTS, Layout, find_layers, find_layout, repack, unpack
+from scfg.recording.layouts import find_layout, unpack
 from scfg.recording.replayed import TransformerRecorder
 
-READ = {"sd3": (1,), "hunyuan": (1, 2)}  # blocks read by default: of 3 the middle, of 4 the middle 2
+READ = {
+    "sd3": (1,),
+    "hunyuan": (1, 2),
+}  # blocks read by default: of 3 the middle, of 4 the middle 2
 CONFIG = scfg.SCFGConfig(min_share=0.0, min_peak=0.0)
 
 
@@ -83,15 +86,6 @@ def layer_maps(host, name, calls, joint="renormalise"):
                 image = image / image.sum(dim=1, keepdim=True)
             rows.append((image, F.pad(text, (0, host.text - text.shape[1]))))
         yield tuple(torch.stack(part) for part in zip(*rows, strict=True))
-
-
-def evidence_by_hand(maps, start):
-    """Columns with START and the rest last, each with mean 1 after a blur, summed over layers."""
-    total = 0
-    for self_map, cross_map in maps:
-        powers = [torch.linalg.matrix_power(self_map, p) for p in (1, 2, 3, 4)]
-        total = total + sum(powers) @ cross_map / 4
-        yield total
 
 
 @pytest.fixture(params=HOSTS)

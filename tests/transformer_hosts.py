@@ -54,9 +54,7 @@ def key_mask(t, *lengths):
 
 
 def sd3(**options):
-    options = {
-        **dict(num_layers=3, dual_attention_layers=(0,), qk_norm="rms_norm"), **options
-    }
+    options = {**dict(num_layers=3, dual_attention_layers=(0,), qk_norm="rms_norm"), **options}
     model = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=4, out_channels=4, attention_head_dim=8,
         num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
@@ -227,8 +225,8 @@ def cogview4():
 def aura_flow():
     model = diffusers.AuraFlowTransformer2DModel(
         sample_size=32, patch_size=2, in_channels=4, num_mmdit_layers=3,
-        num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32,
-        caption_projection_dim=32, pos_embed_max_size=256,
+        num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=256,
     )  # fmt: skip
     call = dict(
         hidden_states=randn(B, 4, 16, 12),

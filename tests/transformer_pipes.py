@@ -1,4 +1,4 @@
-"""Tiny diffusers pipelines around the transformers of `transformer_hosts`, prompts as embeddings."""
+"""Tiny diffusers pipelines with the models of `transformer_hosts`, prompts as embeddings."""
 
 import torch
 from transformer_hosts import build, diffusers, key_mask, randn

@@ -1,6 +1,6 @@
 """One transformer of a pipeline, call by call: which branch it is, and what is made of its output.
 
-The unconditional prediction u is rewritten to ``u + (c - u) g (1 - rate) / (g - 1)``, from which the
+The unconditional prediction u becomes ``u + (c - u) g (1 - rate) / (g - 1)``, from which the
 pipeline's own formula makes ``u + g rate (c - u)``. Where the two branches are two calls, the text
 comes first; it is kept until the second call, on the same latents, whose output is rewritten.
 """
@@ -152,9 +152,7 @@ class Branches:
             mask = call.get(self.layout.mask) if self.layout.mask else None
             ends = None if mask is None else (mask[rows] > 0).sum(dim=-1).flatten().tolist()
         each = b // len(prompts)
-        table = words_table(
-            [prompt for prompt in prompts for _ in range(each)], t, ends
-        )
+        table = words_table([prompt for prompt in prompts for _ in range(each)], t, ends)
         if attached.phrases:
             lead = self.layout.lead(self.grid)
             attached.token_weights = weigh_columns(prompts, table[::each], attached.phrases, lead)

@@ -40,13 +40,15 @@ def attach(
 ) -> Iterator:
     """Guide everything that a pipeline makes inside a ``with`` block by S-CFG.
 
-    Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet`` or
-    ``pipe.transformer`` (see `scfg.recording.layouts` for which; experimental): another pipeline that shares it is not to be used inside the block.
+    Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet``, or
+    on ``pipe.transformer`` (experimental; see `scfg.recording.layouts` for which): another pipeline
+    that shares it is not to be used inside the block.
 
     Args:
         pipe: A pipeline of diffusers with two-branch classifier-free guidance.
         guidance_scale: For pipelines that do not tell theirs (DeepFloyd IF, PixArt, and Flux and
-            Qwen-Image, where it is ``true_cfg_scale``): the same as in the call. For all others None: it is read at every step.
+            Qwen-Image, where it is ``true_cfg_scale``): the same as in the call. For all others
+            None: it is read at every step.
         config: Constants.
         backend: See `scfg.ops`.
         callback: Called with the `Guided` of every step on which S-CFG acted.
@@ -74,9 +76,7 @@ def attach(
             yield pipe
         return
     if not isinstance(unet, nn.Module):
-        raise ValueError(
-            f"pipe must have pipe.unet or pipe.transformer, got {type(pipe).__name__}"
-        )
+        raise ValueError(f"pipe must have pipe.unet or pipe.transformer, got {type(pipe).__name__}")
     if MARK in vars(getattr(unet, "_orig_mod", unet)):
         raise ValueError("pipe.unet is guided already, by another attach that has not ended")
     tells = hasattr(type(pipe), "guidance_scale")

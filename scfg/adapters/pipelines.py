@@ -122,7 +122,7 @@ class AttachedTransformers:
             return None
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         read = []
-        for row, text in enumerate(prompts):
+        for row in range(len(prompts)):
             texts = []
             for place in places:
                 other = given.get(place.tokenizer.replace("tokenizer", "prompt")) or prompts

@@ -206,7 +206,9 @@ def find_layers(
         ValueError: A block, or an attention module in it, is not there.
     """
     model = getattr(model, "_orig_mod", model)
-    lists = [[f"{name}.{i}" for i in range(len(getattr(model, name, ())))] for name in layout.blocks]
+    lists = [
+        [f"{name}.{i}" for i in range(len(getattr(model, name, ())))] for name in layout.blocks
+    ]
     names = [name for part in lists for name in part]
     kind = type(model).__name__
     if not names:
@@ -221,12 +223,16 @@ def find_layers(
             if not 0 <= layer < len(names):
                 raise ValueError(f"layers has {layer}, {kind} has blocks 0 to {len(names) - 1}")
             layer = names[layer]
-        block = next((name for name in names if layer == name or layer.startswith(name + ".")), None)
+        block = next(
+            (name for name in names if layer == name or layer.startswith(name + ".")), None
+        )
         modules = [f"{block}.{attention}" for attention in layout.attention]
         if not missing and not all(_has(model, module) for module in modules):
             continue
         if block is None or not all(_has(model, module) for module in modules):
-            raise ValueError(f"layers has {layer!r}, {kind} has no attention {layout.attention} there")
+            raise ValueError(
+                f"layers has {layer!r}, {kind} has no attention {layout.attention} there"
+            )
         chosen[block] = modules
     return {name: chosen[name] for name in names if name in chosen}
 

@@ -41,8 +41,7 @@ def exchange(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     parts = [torch.empty_like(flat) for _ in sizes]
     dist.all_gather(parts, flat.contiguous(), group=group)
     return [
-        part[: torch.Size(size).numel()].view(size)
-        for part, size in zip(parts, sizes, strict=True)
+        part[: torch.Size(size).numel()].view(size) for part, size in zip(parts, sizes, strict=True)
     ]
 
 

@@ -103,9 +103,7 @@ def _softmax_of(
 
 def _linear_of(q: Tensor, k: Tensor) -> Scores:
     """`Scores` from Sana's features, (b, g, d, n) and (b, g, n, d)."""
-    return Scores(
-        q.permute(0, 3, 1, 2).flatten(2), k.transpose(1, 2).flatten(2), None, q.shape[1]
-    )
+    return Scores(q.permute(0, 3, 1, 2).flatten(2), k.transpose(1, 2).flatten(2), None, q.shape[1])
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from scfg import ops, reference
 from scfg.config import SCFGConfig
 from scfg.evidence import MAP_BUDGET, Evidence, fits
-from scfg.patches import OTHER, START, Patches
 from scfg.recording.layouts import Grid, Layout, call_arguments, find_layers, find_layout
 from scfg.recording.recorder import AttentionLayer
 from scfg.recording.replay import Scores, Watch
+from scfg.recording.words import group_words
 
 
 class TransformerRecorder:
@@ -133,8 +133,8 @@ class TransformerRecorder:
             missing = sorted(self._blocks.keys() - done)
             raise MissingLayers(
                 f"recorded {len(done)} of {len(self._blocks)} layers; not seen: {missing}, seen "
-                f"more than once: {sorted(repeated)}. A cache skipped or repeated them, or code that "
-                "torch.compile made before the hooks were there ran instead: call "
+                f"more than once: {sorted(repeated)}. A cache skipped or repeated them, or code "
+                "that torch.compile made before the hooks were there ran instead: call "
                 "torch._dynamo.reset() first"
             )
         order = list(self._blocks)
@@ -175,7 +175,9 @@ class TransformerRecorder:
             self._expect(block, scores.q.shape[1] == scores.k.shape[1] > f * h * w, scores)
             q, k, bias, text = self._in_order(scores)
             cross_map = None
-        attend = _Attend(q, k, bias, scores.heads, text, self.layout.linear, self.config, self.backend)
+        attend = _Attend(
+            q, k, bias, scores.heads, text, self.layout.linear, self.config, self.backend
+        )
         formed = fits(q.shape[0], k.shape[1])
         if formed and (cross_map is None or self.config.propagation != "none" or self.keep_maps):
             self_map, own = attend(q)
@@ -189,9 +191,7 @@ class TransformerRecorder:
         layers = self._evidence.levels.setdefault(1, [])
         total = layers.pop() if layers and not self.apart else None
         steps, weights = self.config.propagation_steps, self._spatial(q.device)
-        folded = ops.complete(
-            self_map, columns, weights, total, propagation, steps, self.backend
-        )
+        folded = ops.complete(self_map, columns, weights, total, propagation, steps, self.backend)
         layers.append(folded)
         self.names.append(block)
         if self.apart:
@@ -237,7 +237,9 @@ class TransformerRecorder:
                 self._words, b, t, self.layout, self.layout.lead(self._grid), self._grid
             )
             self._groups = self._groups.to(cross_map.device)
-        return reference.group_columns(cross_map, self._groups, self._evidence.patches.owning.shape[1])
+        return reference.group_columns(
+            cross_map, self._groups, self._evidence.patches.owning.shape[1]
+        )
 
     def _spatial(self, device: torch.device) -> Tensor:
         """(f*h*w,) weights of the mean of a blurred map, see `scfg.reference.spatial_weights`."""
@@ -281,50 +283,3 @@ class _Attend:
             columns = torch.cat([self_map @ columns for self_map, _ in self.tiles()], dim=1)
             total = total + weight * columns
         return total
-
-
-def group_words(
-    words: Tensor | None, b: int, t: int, layout: Layout, lead: int, grid: Grid
-) -> tuple[Tensor, Patches]:
-    """The group of each column of the text, and what the groups are.
-
-    Args:
-        words: (t',) or (b, t'), see `TransformerRecorder.start`; columns beyond t' are no words.
-        b: Rows.
-        t: Columns.
-        layout: Its start is used.
-        lead: Columns before the text: registers and the padding of the image.
-        grid: For `Patches`.
-
-    Returns:
-        (b, t) int64, and Patches.
-
-    Raises:
-        ValueError: words has another number of rows, or a word beyond the last column.
-    """
-    start = torch.zeros(t, dtype=torch.bool)
-    if layout.registers:
-        start[:lead] = True
-    for column in layout.start:
-        start[lead + column if column >= 0 else t + column] = True
-    if words is None:
-        table = torch.arange(t).masked_fill(start, -1)
-        table[:lead] = -1
-        table = table.expand(b, t)
-    else:
-        words = words[None] if words.dim() == 1 else words
-        if len(words) not in (1, b) or words.shape[1] > t - lead:
-            raise ValueError(
-                f"words must be (t,) or (rows, t) for {b} rows and at most {t - lead} columns of "
-                f"text, got {tuple(words.shape)}"
-            )
-        table = torch.full((b, t), -1)
-        table[:, lead : lead + words.shape[1]] = words.cpu()
-    groups = torch.where(table >= 0, table + 2, torch.where(start, START, OTHER))
-    count = max(int(groups.max()) + 1, 3)
-    columns = torch.full((b, count), t).scatter_reduce(
-        1, groups, torch.arange(t).expand(b, t), "amin"
-    )
-    owning = (columns < t) & (torch.arange(count) >= 2)
-    patches = Patches(grid, columns.clamp_max(t - 1), owning, bool(start.any()), t)
-    return groups, patches

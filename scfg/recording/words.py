@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scfg.recording.layouts import Words
+from scfg.patches import OTHER, START, Patches
+from scfg.recording.layouts import Grid, Layout, Words
 from scfg.recording.phrases import weigh_phrases
 
 
@@ -112,3 +113,50 @@ def weigh_columns(
     of_columns = of_words.gather(1, table.clamp_min(0))
     columns = torch.where(table >= 0, of_columns, 1.0)
     return torch.nn.functional.pad(columns, (lead, 0), value=1.0)
+
+
+def group_words(
+    words: Tensor | None, b: int, t: int, layout: Layout, lead: int, grid: Grid
+) -> tuple[Tensor, Patches]:
+    """The group of each column of the text, and what the groups are.
+
+    Args:
+        words: (t',) or (b, t'), see `TransformerRecorder.start`; columns beyond t' are no words.
+        b: Rows.
+        t: Columns.
+        layout: Its start is used.
+        lead: Columns before the text: registers and the padding of the image.
+        grid: For `Patches`.
+
+    Returns:
+        (b, t) int64, and Patches.
+
+    Raises:
+        ValueError: words has another number of rows, or a word beyond the last column.
+    """
+    start = torch.zeros(t, dtype=torch.bool)
+    if layout.registers:
+        start[:lead] = True
+    for column in layout.start:
+        start[lead + column if column >= 0 else t + column] = True
+    if words is None:
+        table = torch.arange(t).masked_fill(start, -1)
+        table[:lead] = -1
+        table = table.expand(b, t)
+    else:
+        words = words[None] if words.dim() == 1 else words
+        if len(words) not in (1, b) or words.shape[1] > t - lead:
+            raise ValueError(
+                f"words must be (t,) or (rows, t) for {b} rows and at most {t - lead} columns of "
+                f"text, got {tuple(words.shape)}"
+            )
+        table = torch.full((b, t), -1)
+        table[:, lead : lead + words.shape[1]] = words.cpu()
+    groups = torch.where(table >= 0, table + 2, torch.where(start, START, OTHER))
+    count = max(int(groups.max()) + 1, 3)
+    columns = torch.full((b, count), t).scatter_reduce(
+        1, groups, torch.arange(t).expand(b, t), "amin"
+    )
+    owning = (columns < t) & (torch.arange(count) >= 2)
+    patches = Patches(grid, columns.clamp_max(t - 1), owning, bool(start.any()), t)
+    return groups, patches

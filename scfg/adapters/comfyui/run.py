@@ -37,8 +37,8 @@ def check_unet(model: nn.Module) -> None:
     if not hasattr(model, "input_blocks"):
         raise ValueError(
             f"{type(model).__name__} is not a U-Net: Semantic-aware CFG does not record ComfyUI's "
-            "transformers (SD3, Flux, Qwen-Image, Lumina, Z-Image, Wan, ...) yet, and would be plain "
-            "CFG. Take the node out, or use diffusers"
+            "transformers (SD3, Flux, Qwen-Image, Lumina, Z-Image, Wan, ...) yet, and would be "
+            "plain CFG. Take the node out, or use diffusers"
         )
     find_blocks(model)
 
