@@ -31,7 +31,7 @@ def test_a_layer_that_disagrees_comes_last():
     assert [layer.name for layer in ranked] == ["a", "c", "b"]
     assert [layer.agreement for layer in ranked] == [1.0, 1.0, 0.0]
     peaks = torch.tensor([layer.peak for layer in ranked])
-    assert_close(actual=peaks, expected=torch.tensor([2.0, 2.0, 2.0]), atol=1e-6)
+    assert_close(actual=peaks, expected=torch.tensor([2.0, 2.0, 2.0]), share=1e-6)
     assert [layer.text_mass for layer in ranked] == [0.1, 0.3, 0.2]
 
 
@@ -47,7 +47,7 @@ def test_all_layers_of_a_model_with_their_text_mass():
         recorder.finish()
         mass = recorder.layers[0].cross_map.sum(-1).mean()
         recorder.remove()
-        assert_close(actual=torch.tensor(layer.text_mass), expected=mass, atol=1e-5)
+        assert_close(actual=torch.tensor(layer.text_mass), expected=mass, share=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

@@ -42,7 +42,7 @@ def heard(host, monkeypatch, **call):
         probabilities = scores.softmax(dim=-1)
         ours = (probabilities @ value.double()).float()
         seen = torch.isfinite(ours)  # a row of padding sees nothing
-        assert_close(actual=ours[seen], expected=result[seen], atol=2e-5, what="softmax by hand")
+        assert_close(actual=ours[seen], expected=result[seen], share=1e-5, what="softmax by hand")
         calls.append(probabilities.mean(dim=1))
         return result
 
@@ -106,8 +106,8 @@ def test_maps_are_those_of_the_hosts_own_softmax(name, joint, monkeypatch):
     recorder.finish()
     assert len(recorder.layers) == len(expected)
     for layer, (self_map, cross_map) in zip(recorder.layers, expected, strict=True):
-        assert_close(actual=layer.self_map, expected=self_map, atol=2e-6, what="S")
-        assert_close(actual=layer.cross_map, expected=cross_map, atol=2e-6, what="C")
+        assert_close(actual=layer.self_map, expected=self_map, share=1e-5, what="S")
+        assert_close(actual=layer.cross_map, expected=cross_map, share=1e-5, what="C")
     recorder.remove()
     assert output(host).equal(plain)
 
@@ -152,12 +152,12 @@ def test_labels_and_rates_follow_from_those_maps(name, monkeypatch):
             inside = owner[row] == token
             rate[row][inside] = (norm[row].mean() / norm[row][inside].mean()).clamp(0.8, 3.0)
     rate = blurred(rate[:, None])[:, 0].clamp(max=15 / 4)
-    assert_close(actual=guided.rate.reshape(rate.shape), expected=rate, atol=1e-5, what="rate")
+    assert_close(actual=guided.rate.reshape(rate.shape), expected=rate, share=1e-5, what="rate")
     assert guided.rule == "image" and guided.foreground.all()
     eps = image(uncond).double() + 4.0 * rate.reshape(guided.rate.shape) * eta.reshape(
         image(text).shape
     )
-    assert_close(actual=image(guided.eps), expected=eps, atol=2e-5, what="eps")
+    assert_close(actual=image(guided.eps), expected=eps, share=1e-5, what="eps")
 
 
 def call_form(x):
