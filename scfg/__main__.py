@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = command.add_argument
-    add("prompt", help='for example "a red circle and a blue square on a green background"')
+    add("prompt", help='for example "a penguin and a guitar on a blue background"')
     add("--out", type=Path, default=Path("out.png"), help="the PNG to write")
     add("--seed", type=int, default=0, help="of the first image; image k has seed + k")
     add("--count", type=_positive, default=1, help="number of images, one row each")
