@@ -1,13 +1,12 @@
 """Compile every kernel the host rules can pick, without a GPU, and show what the compiler reports.
 
-``python -m benchmarks.compiled`` compiles all launches of `specializations` for all targets, which
+``python -m benchmarks.compiled`` compiles all launches of `benchmarks.specialized` for all targets, which
 takes minutes. Launchers run on meta tensors: types, alignment and block sizes are those of a real
 launch.
 """
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import re
@@ -20,9 +19,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)}
+from benchmarks.specialized import launches
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-MODULES = ("attention", "evidence", "regions", "guidance")
+TARGETS["gfx1100"] = GPUTarget("hip", "gfx1100", 32)
+LIMITS = {  # bytes of shared memory a block may ask for
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
+    "sm_120": 101376, "gfx942": 65536, "gfx1100": 65536,
+}  # fmt: skip
 
 
 class _NoDevice:
@@ -75,14 +80,6 @@ def _report(compiled, log: str) -> dict:
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
         report["spilled"] = sum(map(int, spills))
     return report
-
-
-def launches(skip: torch.dtype | None = None):
-    """Every launch of `specializations`, but those with a tensor of the type to skip."""
-    for module in MODULES:
-        for launch, args in importlib.import_module(f"csrc_triton.{module}").specializations():
-            if not any(isinstance(x, torch.Tensor) and x.dtype == skip for x in args):
-                yield launch, args
 
 
 def main() -> None:

@@ -8,14 +8,6 @@ from torch import Tensor
 from csrc_triton.launch import check_inputs, on_device_of
 from csrc_triton.scores import _dot, _mean_probabilities, _scores, _softmax_statistics
 
-# n, heads, d, t of the layers recorded by default: SD 1.5 at 512 and 1024, SD 2.1 at 768, SDXL at
-# 1024 and the embedded model; then layers for which no map is formed.
-SHAPES = (
-    (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77), (576, 20, 64, 77), (144, 20, 64, 77),
-    (1024, 20, 64, 77), (256, 2, 32, 16), (64, 2, 64, 16),
-)  # fmt: skip
-LARGE_SHAPES = ((16384, 8, 40, 77), (9216, 5, 64, 77))
-
 
 @triton.jit
 def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, tile, n, m,
@@ -214,22 +206,3 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
             BLOCK_T=block_t, BLOCK_D=min(line, max(16, triton.next_power_of_2(width // heads))),
             num_warps=8, num_stages=2)  # fmt: skip
     return out
-
-
-def specializations():
-    """Launches to compile in a test without a GPU: yields (launcher, arguments on device "meta").
-
-    Calling ``launcher(*arguments)`` while ``JITFunction.run`` warms up instead of launching, with a
-    stand-in for the active driver that names the target, compiles exactly what a GPU would run: the
-    host rule, the types and the alignment are the launcher's own.
-    """
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for n, heads, d, t in SHAPES + LARGE_SHAPES:
-            pixels = torch.empty(2, n, heads * d, dtype=dtype, device="meta")
-            tokens = torch.empty(2, t, heads * d, dtype=dtype, device="meta")
-            yield attention_map, (pixels, tokens, heads)
-            if n > 4096:
-                columns = torch.empty(2, n, t, device="meta")
-                yield attention_apply, (pixels, pixels, columns, heads)
-            else:
-                yield attention_maps, (pixels, pixels, pixels, tokens, heads)

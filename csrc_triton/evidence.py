@@ -14,9 +14,6 @@ from csrc_triton.scores import _dot
 # place of five, which a U-Net at that size, bound by its launches, notices more. Beyond, the time
 # grows with n * n.
 SMALL_N = 384
-SHAPES = (  # n, t of the layers recorded at their usual sizes
-    (256, 77), (64, 77), (1024, 77), (576, 77), (144, 77), (256, 16), (64, 16),
-)  # fmt: skip
 
 
 @triton.jit
@@ -275,15 +272,3 @@ def complete(
             columns, parts, total, out, n, t, columns.shape[2], parts.shape[1], BLOCK_M=rows,
             BLOCK_T=block_t, num_warps=8)  # fmt: skip
     return out
-
-
-def specializations():
-    """Launches to compile without a GPU, as in `csrc_triton.attention.specializations`."""
-    for n, t in SHAPES:
-        self_map, cross_map, total, weights = (
-            torch.empty(shape, device="meta") for shape in ((2, n, n), (2, n, t), (2, n, t + 1), n)
-        )
-        for propagation in ("paper", "none"):
-            yield propagate, (self_map, cross_map, propagation)
-            yield complete, (self_map, cross_map, weights, None, propagation)
-            yield complete, (self_map, cross_map, weights, total, propagation)

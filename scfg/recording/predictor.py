@@ -96,7 +96,7 @@ class Predictor:
         else:
             eps_uncond, eps_text = (call(x, level, condition) for condition in (uncond, cond))
         if records:
-            self.run.keep(self.unet.regions(len(x)))
+            self.run.keep_evidence(**self.unet.branches(len(x)))
         if acts:
             guided = self.run.guide(eps_uncond, eps_text, self.guidance_scale, self.token_weights)
             if not self.observe:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided, Regions, find_regions, guide_regions
+from scfg.guidance import Guided, guide_evidence
 from scfg.recording.recorder import AttentionLayer, AttentionRecorder
 
 
@@ -85,8 +85,8 @@ class UNetWrapper:
         """Layers of the last call in forward order, with their maps if ``keep_maps``."""
         return self._recorder.layers if self._calls else []
 
-    def regions(self, b: int) -> Regions:
-        """Regions of b images by what the call, or the two calls, for them recorded.
+    def branches(self, b: int) -> dict[str, Evidence]:
+        """What the call, or the two calls, for b images recorded, as ``uncond`` and ``text``.
 
         Raises:
             RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
@@ -100,13 +100,7 @@ class UNetWrapper:
             raise RuntimeError(
                 f"guide needs one recorded call of {2 * b} rows or two of {b}, got {rows or 'none'}"
             )
-        branches = dict(zip(self.order, parts, strict=True))
-        return find_regions(
-            uncond=branches["uncond"],
-            text=branches["text"],
-            config=self.config,
-            backend=self.backend,
-        )
+        return dict(zip(self.order, parts, strict=True))
 
     def guide(
         self,
@@ -129,14 +123,14 @@ class UNetWrapper:
         Raises:
             RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
         """
-        return guide_regions(
+        return guide_evidence(
             eps_uncond,
             eps_text,
-            self.regions(eps_text.shape[0]),
-            guidance_scale,
-            self.config,
-            self.backend,
-            token_weights,
+            **self.branches(eps_text.shape[0]),
+            guidance_scale=guidance_scale,
+            config=self.config,
+            backend=self.backend,
+            token_weights=token_weights,
         )
 
     def remove(self) -> None:
