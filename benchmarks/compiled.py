@@ -1,8 +1,7 @@
 """Compile every kernel the host rules can pick, without a GPU, and show what the compiler reports.
 
-``python -m benchmarks.compiled`` compiles all launches of `benchmarks.specialized` for all targets, which
-takes minutes. Launchers run on meta tensors: types, alignment and block sizes are those of a real
-launch.
+``python -m benchmarks.compiled`` compiles all launches of `benchmarks.specialized` for all targets,
+which takes minutes.
 """
 
 import argparse

@@ -93,11 +93,11 @@ def _region_rates(amount, count, token, t, guidance_scale, rate_min, rate_max, m
 
 
 @triton.jit
-def _scale_of(guidance_scale, image):
-    """The guidance scale of an image: one for all, or read from the (b,) at a pointer."""
-    if guidance_scale.dtype.is_ptr():
-        guidance_scale = tl.load(guidance_scale + image)
-    return guidance_scale.to(tl.float32)
+def _scale_of(guidance_scale, scales_ptr, image):
+    """The guidance scale of an image: one for all, unless there are scales (b,)."""
+    if scales_ptr is not None:
+        guidance_scale = tl.load(scales_ptr + image).to(tl.float32)
+    return guidance_scale
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def _combine(eps_uncond_ptr, eps_text_ptr, eps_ptr, rate_ptr, rate, guidance_sca
 
 @triton.jit(do_not_specialize=["parts", *SIZES])
 def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_scale,
-                  token_weights_ptr, eps_ptr, rate_ptr, rate_min, rate_max, max_scale,
+                  scales_ptr, token_weights_ptr, eps_ptr, rate_ptr, rate_min, rate_max, max_scale,
                   t, parts, c, h, w, height, width, FACTOR: tl.constexpr, FOREGROUND: tl.constexpr,
                   PARTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
                   PIXELS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
@@ -136,7 +136,7 @@ def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_s
     whose rates the blur picks from registers. PIXELS x CHANNELS is 4096 elements, 16 a thread.
     """
     image = tl.program_id(0).to(tl.int64)
-    guidance_scale = _scale_of(guidance_scale, image)
+    guidance_scale = _scale_of(guidance_scale, scales_ptr, image)
     token, part = tl.arange(0, TOKENS), tl.arange(0, PARTS)
     offset = ((image * parts + part[:, None]) * (t + 1) + token[None, :]) * 2
     present = (part < parts)[:, None] & (token <= t)[None, :]
@@ -254,7 +254,8 @@ def guide(
     blocks = _guide_blocks(c, tokens, parts, factor, height, width)
     with on_device_of(eps):
         _guide_kernel[(b, triton.cdiv(height * width, blocks["PIXELS"]))](
-            eps_uncond, eps_text, labels, sums, guidance_scale, token_weights, eps, rate,
+            eps_uncond, eps_text, labels, sums, guidance_scale if scales is None else 1.0, scales,
+            token_weights, eps, rate,
             rate_min, rate_max, max_scale, tokens, parts, c, h, w, height, width,
             FOREGROUND=benchmark == "foreground", **blocks, num_warps=8)  # fmt: skip
     return eps, rate

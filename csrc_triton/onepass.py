@@ -18,16 +18,16 @@ from csrc_triton.launch import check_inputs, on_device_of
 from csrc_triton.regions import _flatness, _segment_tile
 
 # One multiprocessor does all of an image: SD 1.5 at 512 has 256 patches and 16,384 values of a
-# prediction, SDXL at 1024 the limits. Arithmetic, not timings: 1024 patches of 77 tokens are some
-# 5 M products, 40,000 clocks, and 1 MB read and written at 50 bytes per ns, 20 us; three launches do
-# it in 5 us, but cost the host, which a step of such a model waits for, 15 us more.
+# prediction, SDXL at 1024 has the limits. Arithmetic, not timings: 1024 patches of 77 tokens are
+# some 5 M products, 40,000 clocks, and 1 MB is read and written at 50 bytes per ns, 20 us. Three
+# launches spread that over the GPU, but cost the host two more, for which a fast GPU waits.
 PATCHES, VALUES = 1024, 65536
 
 
 @triton.jit(do_not_specialize=["u", *SIZES])
 def _guide_evidence_kernel(
-    eps_uncond_ptr, eps_text_ptr, tokens_ptr, start_ptr, guidance_scale, token_weights_ptr,
-    eps_ptr, rate_ptr, labels_ptr, foreground_ptr, flat_ptr, patch_rates_ptr,
+    eps_uncond_ptr, eps_text_ptr, tokens_ptr, start_ptr, guidance_scale, scales_ptr,
+    token_weights_ptr, eps_ptr, rate_ptr, labels_ptr, foreground_ptr, flat_ptr, patch_rates_ptr,
     rate_min, rate_max, max_scale, t, u, c, h, w, height, width,
     FACTOR: tl.constexpr, FOREGROUND: tl.constexpr, FACTORS: tl.constexpr, WIDTHS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_T: tl.constexpr, TOKENS: tl.constexpr,
@@ -51,7 +51,7 @@ def _guide_evidence_kernel(
     tl.debug_barrier()  # labels and foreground are complete
     amount, count = _sums(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, image, 0, 1,
                           t, c, h, w, height, width, FACTOR, AREA, PATCHES, TOKENS)  # fmt: skip
-    scale, token = _scale_of(guidance_scale, image), tl.arange(0, TOKENS)
+    scale, token = _scale_of(guidance_scale, scales_ptr, image), tl.arange(0, TOKENS)
     rates = _region_rates(amount, count, token, t, scale, rate_min, rate_max, max_scale,
                           FOREGROUND)  # fmt: skip
     rates = _weighted(rates, token_weights_ptr, image, token, t)
@@ -84,7 +84,7 @@ def _blocks(c: int, t: int, w: int, factor: int, factors: list[int]) -> dict:
         FACTOR=factor, FACTORS=tile["FACTORS"], WIDTHS=tile["WIDTHS"], ROWS=tile["ROWS"],
         COLS=tile["COLS"], BLOCK_T=tile["TOKENS"], TOKENS=sums["TOKENS"], AREA=sums["AREA"],
         PATCHES=sums["PATCHES"], CHANNELS=channels,
-        PIXELS=min(1024, max(64, 4096 // channels)))  # fmt: skip
+        PIXELS=min(1024, max(32, 2048 // channels)))  # fmt: skip
 
 
 def guide_evidence(
@@ -132,8 +132,8 @@ def guide_evidence(
     patch_rates = eps_text.new_empty((b, h, w), dtype=torch.float32)
     with on_device_of(eps):
         _guide_evidence_kernel[(b,)](
-            eps_uncond, eps_text, tuple(tokens), tuple(start), guidance_scale, token_weights, eps,
-            rate, labels, foreground, flat, patch_rates, t=t, u=start[0].shape[2] - 1, c=c, h=h,
+            eps_uncond, eps_text, tuple(tokens), tuple(start),
+            guidance_scale if scales is None else 1.0, scales, token_weights, eps, rate, labels, foreground, flat, patch_rates, t=t, u=start[0].shape[2] - 1, c=c, h=h,
             w=w, height=height, width=width, FOREGROUND=benchmark == "foreground", **limits,
             **_blocks(c, t, w, factor, factors), num_warps=8, num_stages=2)  # fmt: skip
     return eps, rate, labels, foreground, flat
