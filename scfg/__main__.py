@@ -13,7 +13,7 @@ import torch
 from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS, SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
-from scfg.models.embedded import load_shapes_model
+from scfg.models.embedded import load_model
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -165,7 +165,7 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
 
         source, config = partial(draw_with, checkpoints.load(options.model)), SCFGConfig()
     else:
-        model = load_shapes_model(device="cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(device="cuda" if torch.cuda.is_available() else "cpu")
         model.tokenizer.tokens(options.prompt)
         source, config = partial(draw, model), model.config
     return source, replace(config, propagation=options.propagation)
