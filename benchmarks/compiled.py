@@ -11,7 +11,6 @@ import json
 import re
 import tempfile
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -85,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", choices=TARGETS, action="append", help="of all, only this one")
     parser.add_argument("--one-each", action="store_true", help="compile every kernel only once")
-    parser.add_argument("--skip-bfloat16", action="store_true")
+    parser.add_argument("--skip", nargs="*", default=[], help="types left out, e.g. bfloat16")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per kernel")
     arguments = parser.parse_args()
     columns = ("kernel", "warps", "registers", "spilled", "shared")
@@ -95,7 +94,7 @@ def main() -> None:
     for name in arguments.target or TARGETS:
         with compiling(TARGETS[name], arguments.one_each) as reports:
             shown = 0
-            for launch, args in launches(torch.bfloat16 if arguments.skip_bfloat16 else None):
+            for launch, args in launches(arguments.skip):
                 launch(*args)
                 for report in reports[shown:]:
                     if arguments.json:

@@ -4,6 +4,8 @@ Calling ``launcher(*arguments)`` inside `benchmarks.compiled.compiling` compiles
 would run: the host rule, the types and the alignment are the launcher's own.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 import csrc_triton
@@ -58,10 +60,10 @@ def _guidance(dtype):
             yield csrc_triton.guide_evidence, (eps, eps, levels, levels, h, w, factors, *options)
 
 
-def launches(skip: torch.dtype | None = None):
-    """Every launch as (launcher, arguments), but those with a tensor of the type to skip."""
+def launches(skip: Sequence[str] = ()):
+    """Every launch as (launcher, arguments), but those with predictions or queries of types to skip."""
     yield from _evidence()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        if dtype != skip:
+        if str(dtype).removeprefix("torch.") not in skip:
             yield from _attention(dtype)
             yield from _guidance(dtype)

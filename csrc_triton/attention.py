@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of, stages
 from csrc_triton.scores import _dot, _mean_probabilities, _scores, _softmax_statistics
 
 
@@ -129,7 +129,7 @@ def _blocks(n: int, d: int, heads: int, itemsize: int, *keys: int) -> tuple[int,
     chunk = 16 if wide else min(64, max(16, triton.next_power_of_2(d)))
     while chunk > 16 and 2 * (rows + max(m for m, _ in columns)) * chunk * itemsize > 98304:
         chunk //= 2
-    options = dict(HEADS=heads, D=d, BLOCK_D=chunk, num_warps=8, num_stages=2 if wide else 3)
+    options = dict(HEADS=heads, D=d, BLOCK_D=chunk, **OPTIONS, num_stages=stages(2 if wide else 3))
     return rows, columns, options
 
 
@@ -204,5 +204,5 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
         _attention_apply_kernel[(triton.cdiv(n, 64), triton.cdiv(t, block_t), b)](
             q, k, columns, out, n, m, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=line,
             BLOCK_T=block_t, BLOCK_D=min(line, max(16, triton.next_power_of_2(width // heads))),
-            num_warps=8, num_stages=2)  # fmt: skip
+            **OPTIONS, num_stages=2)  # fmt: skip
     return out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of, stages
 from csrc_triton.scores import _dot
 
 # Up to this many pixels one program takes a block of columns through all powers. It reads S at the
@@ -190,8 +190,8 @@ def _small(self_map, columns, weights, total, powers, gain, scale):
     with on_device_of(columns):
         _complete_kernel[(blocks, b)](
             columns if self_map is None else self_map, columns, weights, total, scratch, out,
-            gain, scale, powers, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16, num_warps=8,
-            num_stages=3)  # fmt: skip
+            gain, scale, powers, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16, **OPTIONS,
+            num_stages=stages(3))  # fmt: skip
     return out
 
 
@@ -217,7 +217,7 @@ def _large(self_map, columns, weights, powers, gain, scale):
             _propagate_kernel[(tiles, triton.cdiv(t, block_t), b)](
                 self_map, None if last else columns, source, weights if last else None, out,
                 parts if last else None, scale if last else gain, n, t, source.shape[2], width,
-                BLOCK_M=rows, BLOCK_K=32, BLOCK_T=block_t, num_warps=8, num_stages=3)  # fmt: skip
+                BLOCK_M=rows, BLOCK_K=32, BLOCK_T=block_t, **OPTIONS, num_stages=stages(3))  # fmt: skip
         source = out
     return source, parts
 
@@ -270,5 +270,5 @@ def complete(
     with on_device_of(cross_map):
         _renormalise_kernel[(triton.cdiv(n, rows), b)](
             columns, parts, total, out, n, t, columns.shape[2], parts.shape[1], BLOCK_M=rows,
-            BLOCK_T=block_t, num_warps=8)  # fmt: skip
+            BLOCK_T=block_t, **OPTIONS)  # fmt: skip
     return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.blur import CENTRE, SIDE, _reflect
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of
 
 SIZES = ("t", "c", "h", "w", "height", "width")  # no kernel of its own for each value
 
@@ -216,7 +216,7 @@ def region_sums(
     with on_device_of(sums):
         _region_sums_kernel[(b, parts)](
             eps_uncond, eps_text, labels, foreground, sums, tokens, c, h, w, height, width,
-            **_sums_blocks(tokens, factor), num_warps=8)  # fmt: skip
+            **_sums_blocks(tokens, factor), **OPTIONS)  # fmt: skip
     return sums
 
 
@@ -257,5 +257,5 @@ def guide(
             eps_uncond, eps_text, labels, sums, guidance_scale if scales is None else 1.0, scales,
             token_weights, eps, rate,
             rate_min, rate_max, max_scale, tokens, parts, c, h, w, height, width,
-            FOREGROUND=benchmark == "foreground", **blocks, num_warps=8)  # fmt: skip
+            FOREGROUND=benchmark == "foreground", **blocks, **OPTIONS)  # fmt: skip
     return eps, rate

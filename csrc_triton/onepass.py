@@ -14,7 +14,7 @@ from torch import Tensor
 from csrc_triton import guidance, regions
 from csrc_triton.blur import CENTRE, SIDE, _reflect
 from csrc_triton.guidance import SIZES, _combine, _region_rates, _scale_of, _sums, _weighted
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of
 from csrc_triton.regions import _flatness, _segment_tile
 
 # One multiprocessor does all of an image: SD 1.5 at 512 has 256 patches and 16,384 values of a
@@ -133,7 +133,8 @@ def guide_evidence(
     with on_device_of(eps):
         _guide_evidence_kernel[(b,)](
             eps_uncond, eps_text, tuple(tokens), tuple(start),
-            guidance_scale if scales is None else 1.0, scales, token_weights, eps, rate, labels, foreground, flat, patch_rates, t=t, u=start[0].shape[2] - 1, c=c, h=h,
-            w=w, height=height, width=width, FOREGROUND=benchmark == "foreground", **limits,
-            **_blocks(c, t, w, factor, factors), num_warps=8, num_stages=2)  # fmt: skip
+            guidance_scale if scales is None else 1.0, scales, token_weights, eps, rate, labels,
+            foreground, flat, patch_rates, t=t, u=start[0].shape[2] - 1, c=c, h=h, w=w,
+            height=height, width=width, FOREGROUND=benchmark == "foreground", **limits,
+            **_blocks(c, t, w, factor, factors), **OPTIONS, num_stages=2)  # fmt: skip
     return eps, rate, labels, foreground, flat

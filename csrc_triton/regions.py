@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.blur import _blurred_upsampling
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of
 
 NO_START = tl.constexpr(1e-5)  # as in scfg.reference
 
@@ -187,5 +187,5 @@ def segment(
     with on_device_of(labels):
         _segment_kernel[grid](
             tuple(tokens), tuple(start), labels, foreground, flat, columns - 1,
-            start[0].shape[2] - 1, h, w, **blocks, num_warps=8, num_stages=2)  # fmt: skip
+            start[0].shape[2] - 1, h, w, **blocks, **OPTIONS, num_stages=2)  # fmt: skip
     return labels, foreground, flat

@@ -19,6 +19,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def supported(device: torch.device) -> bool:
+    """Whether ``"auto"`` takes Triton on a CUDA device: installed, and NVIDIA from sm_80 on or AMD."""
+    if not has_triton():
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def kernel(name: str):
     """The Triton twin called ``name``."""
     return getattr(importlib.import_module("csrc_triton"), name)
@@ -76,7 +84,9 @@ def run(name: str, backend: str, **arguments):
             )
         if backend == "triton" and not has_triton():
             raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
-        if backend == "triton" and device.type != "cuda":
+        if backend == "triton" and device.type == "cuda":
+            return _launch(name, arguments)
+        if backend == "triton":
             if not interpreting():
                 raise RuntimeError(
                     f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
@@ -128,7 +138,8 @@ def _define(name: str, fake=None) -> None:
     names = list(inspect.signature(definition).parameters)
 
     def twin(*args, **kwargs):
-        if not has_triton():
+        tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not supported(tensor.device):
             return definition(*args, **kwargs)
         return _launch(name, dict(zip(names, args, strict=False)) | kwargs)
 
@@ -149,7 +160,7 @@ def _fake_apply(q, k, columns, heads):
 
 def _fake_region_sums(eps_uncond, eps_text, labels, foreground, tokens, factor):
     b, _, height, width = eps_text.shape
-    on_gpu = eps_text.is_cuda and has_triton()
+    on_gpu = eps_text.is_cuda and supported(eps_text.device)
     parts = kernel("partials")(height * width) if on_gpu else 1
     return eps_text.new_empty((b, parts, tokens + 1, 2), dtype=_wide(eps_text))
 

@@ -4,7 +4,7 @@ Each function here has the parameters of its namesake in `scfg.reference`, whose
 definition, plus ``backend``:
 
 - ``"auto"``: a `torch.library` custom op, ``torch.ops.scfg.<name>``: the reference on a CPU, Triton
-  on CUDA when triton is installed (else the reference). Opaque to and usable under torch.compile.
+  on CUDA from sm_80 on and on AMD when triton is installed (else the reference). Opaque to and usable under torch.compile.
 - ``"torch"``: the reference itself, on any device; the only differentiable choice.
 - ``"triton"``: Triton or an error. Kernels take float16, bfloat16 and float32.
 
