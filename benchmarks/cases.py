@@ -118,8 +118,8 @@ def _guide_evidence(eps_uncond, eps_text, tokens, start, size, config, backend="
         Evidence(size, {r: [x] for r, x in zip(config.reductions, levels, strict=True)})
         for levels in (start, tokens)
     )
-    regions = guidance.find_regions(uncond=uncond, text=text, config=config, backend=backend)
-    out = guidance.guide_regions(eps_uncond, eps_text, regions, SCALE, config, backend)
+    settings = dict(guidance_scale=SCALE, config=config, backend=backend)
+    out = guidance.guide_evidence(eps_uncond, eps_text, uncond=uncond, text=text, **settings)
     return out.eps, out.rate, out.labels, out.foreground
 
 

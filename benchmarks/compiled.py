@@ -1,28 +1,31 @@
 """Compile every kernel the host rules can pick, without a GPU, and show what the compiler reports.
 
-``python -m benchmarks.compiled`` compiles all launches of `specializations` for all targets, which
-takes minutes. Launchers run on meta tensors: types, alignment and block sizes are those of a real
-launch.
+``python -m benchmarks.compiled`` compiles all launches of `benchmarks.specialized` for all targets,
+which takes minutes.
 """
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import re
 import tempfile
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)}
+from benchmarks.specialized import launches
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-MODULES = ("attention", "evidence", "regions", "guidance")
+TARGETS["gfx1100"] = GPUTarget("hip", "gfx1100", 32)
+LIMITS = {  # bytes of shared memory a block may ask for
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
+    "sm_120": 101376, "gfx942": 65536, "gfx1100": 65536,
+}  # fmt: skip
 
 
 class _NoDevice:
@@ -77,19 +80,11 @@ def _report(compiled, log: str) -> dict:
     return report
 
 
-def launches(skip: torch.dtype | None = None):
-    """Every launch of `specializations`, but those with a tensor of the type to skip."""
-    for module in MODULES:
-        for launch, args in importlib.import_module(f"csrc_triton.{module}").specializations():
-            if not any(isinstance(x, torch.Tensor) and x.dtype == skip for x in args):
-                yield launch, args
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", choices=TARGETS, action="append", help="of all, only this one")
     parser.add_argument("--one-each", action="store_true", help="compile every kernel only once")
-    parser.add_argument("--skip-bfloat16", action="store_true")
+    parser.add_argument("--skip", nargs="*", default=[], help="types left out, e.g. bfloat16")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per kernel")
     arguments = parser.parse_args()
     columns = ("kernel", "warps", "registers", "spilled", "shared")
@@ -99,7 +94,7 @@ def main() -> None:
     for name in arguments.target or TARGETS:
         with compiling(TARGETS[name], arguments.one_each) as reports:
             shown = 0
-            for launch, args in launches(torch.bfloat16 if arguments.skip_bfloat16 else None):
+            for launch, args in launches(arguments.skip):
                 launch(*args)
                 for report in reports[shown:]:
                     if arguments.json:

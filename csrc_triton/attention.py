@@ -5,16 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of, stages
 from csrc_triton.scores import _dot, _mean_probabilities, _scores, _softmax_statistics
-
-# n, heads, d, t of the layers recorded by default: SD 1.5 at 512 and 1024, SD 2.1 at 768, SDXL at
-# 1024 and the embedded model; then layers for which no map is formed.
-SHAPES = (
-    (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77), (576, 20, 64, 77), (144, 20, 64, 77),
-    (1024, 20, 64, 77), (256, 2, 32, 16), (64, 2, 64, 16),
-)  # fmt: skip
-LARGE_SHAPES = ((16384, 8, 40, 77), (9216, 5, 64, 77))
 
 
 @triton.jit
@@ -137,7 +129,7 @@ def _blocks(n: int, d: int, heads: int, itemsize: int, *keys: int) -> tuple[int,
     chunk = 16 if wide else min(64, max(16, triton.next_power_of_2(d)))
     while chunk > 16 and 2 * (rows + max(m for m, _ in columns)) * chunk * itemsize > 98304:
         chunk //= 2
-    options = dict(HEADS=heads, D=d, BLOCK_D=chunk, num_warps=8, num_stages=2 if wide else 3)
+    options = dict(HEADS=heads, D=d, BLOCK_D=chunk, **OPTIONS, num_stages=stages(2 if wide else 3))
     return rows, columns, options
 
 
@@ -212,24 +204,5 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
         _attention_apply_kernel[(triton.cdiv(n, 64), triton.cdiv(t, block_t), b)](
             q, k, columns, out, n, m, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=line,
             BLOCK_T=block_t, BLOCK_D=min(line, max(16, triton.next_power_of_2(width // heads))),
-            num_warps=8, num_stages=2)  # fmt: skip
+            **OPTIONS, num_stages=2)  # fmt: skip
     return out
-
-
-def specializations():
-    """Launches to compile in a test without a GPU: yields (launcher, arguments on device "meta").
-
-    Calling ``launcher(*arguments)`` while ``JITFunction.run`` warms up instead of launching, with a
-    stand-in for the active driver that names the target, compiles exactly what a GPU would run: the
-    host rule, the types and the alignment are the launcher's own.
-    """
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for n, heads, d, t in SHAPES + LARGE_SHAPES:
-            pixels = torch.empty(2, n, heads * d, dtype=dtype, device="meta")
-            tokens = torch.empty(2, t, heads * d, dtype=dtype, device="meta")
-            yield attention_map, (pixels, tokens, heads)
-            if n > 4096:
-                columns = torch.empty(2, n, t, device="meta")
-                yield attention_apply, (pixels, pixels, columns, heads)
-            else:
-                yield attention_maps, (pixels, pixels, pixels, tokens, heads)

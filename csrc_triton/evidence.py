@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of, stages
 from csrc_triton.scores import _dot
 
 # Up to this many pixels one program takes a block of columns through all powers. It reads S at the
@@ -14,9 +14,6 @@ from csrc_triton.scores import _dot
 # place of five, which a U-Net at that size, bound by its launches, notices more. Beyond, the time
 # grows with n * n.
 SMALL_N = 384
-SHAPES = (  # n, t of the layers recorded at their usual sizes
-    (256, 77), (64, 77), (1024, 77), (576, 77), (144, 77), (256, 16), (64, 16),
-)  # fmt: skip
 
 
 @triton.jit
@@ -193,8 +190,8 @@ def _small(self_map, columns, weights, total, powers, gain, scale):
     with on_device_of(columns):
         _complete_kernel[(blocks, b)](
             columns if self_map is None else self_map, columns, weights, total, scratch, out,
-            gain, scale, powers, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16, num_warps=8,
-            num_stages=3)  # fmt: skip
+            gain, scale, powers, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16, **OPTIONS,
+            num_stages=stages(3))  # fmt: skip
     return out
 
 
@@ -220,7 +217,8 @@ def _large(self_map, columns, weights, powers, gain, scale):
             _propagate_kernel[(tiles, triton.cdiv(t, block_t), b)](
                 self_map, None if last else columns, source, weights if last else None, out,
                 parts if last else None, scale if last else gain, n, t, source.shape[2], width,
-                BLOCK_M=rows, BLOCK_K=32, BLOCK_T=block_t, num_warps=8, num_stages=3)  # fmt: skip
+                BLOCK_M=rows, BLOCK_K=32, BLOCK_T=block_t, **OPTIONS,
+                num_stages=stages(3))  # fmt: skip
         source = out
     return source, parts
 
@@ -273,17 +271,5 @@ def complete(
     with on_device_of(cross_map):
         _renormalise_kernel[(triton.cdiv(n, rows), b)](
             columns, parts, total, out, n, t, columns.shape[2], parts.shape[1], BLOCK_M=rows,
-            BLOCK_T=block_t, num_warps=8)  # fmt: skip
+            BLOCK_T=block_t, **OPTIONS)  # fmt: skip
     return out
-
-
-def specializations():
-    """Launches to compile without a GPU, as in `csrc_triton.attention.specializations`."""
-    for n, t in SHAPES:
-        self_map, cross_map, total, weights = (
-            torch.empty(shape, device="meta") for shape in ((2, n, n), (2, n, t), (2, n, t + 1), n)
-        )
-        for propagation in ("paper", "none"):
-            yield propagate, (self_map, cross_map, propagation)
-            yield complete, (self_map, cross_map, weights, None, propagation)
-            yield complete, (self_map, cross_map, weights, total, propagation)

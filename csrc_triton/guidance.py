@@ -5,12 +5,8 @@ first pixel is guided: that wait for the whole grid is the boundary between the 
 are written as partials, one per program, and added up in a fixed order by whoever reads them: no
 atomics, the same bits on every run.
 
-With `csrc_triton.segment` that makes three launches after the last layer. Not fewer: segmentation
-and sums need no such wait and could share a launch, but then neither would have its twin. One
-cooperative launch of all three, integer atomics for barriers, was tried: it compiles for sm_90 (255
-registers, no spills), but its counters take a launch to be zeroed, all its programs must be
-resident at once or they wait forever, and the interpreter, which runs one after the other, cannot
-check a barrier. It saves one launch and was dropped.
+`csrc_triton.onepass` does all of it, and segmentation, in one launch where one program an image is
+enough.
 """
 
 import torch
@@ -19,32 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.blur import CENTRE, SIDE, _reflect
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of
 
-SHAPES = (  # c, latent side, t, factor of the usual sizes
-    (4, 64, 77, 4), (4, 128, 77, 4),  # SD 1.5 at 512, and at 1024 like SDXL
-    (4, 96, 77, 4),  # SD 2.1 at 768
-    (48, 16, 16, 1),  # the embedded model
-)  # fmt: skip
+SIZES = ("t", "c", "h", "w", "height", "width")  # no kernel of its own for each value
 
 
 @triton.jit
-def _region_sums_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, sums_ptr,
-                        t, c, h, w, height, width, FACTOR: tl.constexpr, AREA: tl.constexpr,
-                        PATCHES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """One partial sum of the guidance norm over all t regions and the foreground of one image.
+def _sums(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, image, first, stride,
+          t, c, h, w, height, width, FACTOR: tl.constexpr, AREA: tl.constexpr,
+          PATCHES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Sum of the guidance norm and number of pixels of each region: (TOKENS,) twice.
 
-    Grid (b, p). A program takes every p-th block of PATCHES patches: the pixels of a patch share a
-    label, so they are summed first, and each prediction, label and flag is read once. PATCHES x
+    Of every stride-th block of PATCHES patches, from the first one on. The pixels of a patch share
+    a label, so they are summed first, and each prediction, label and flag is read once. PATCHES x
     TOKENS, the comparison of labels with tokens, is at most 4096 elements, 16 registers a thread.
     """
-    image = tl.program_id(0).to(tl.int64)
-    part, parts = tl.program_id(1), tl.num_programs(1)
     token, pixel = tl.arange(0, TOKENS), tl.arange(0, AREA)
     amount = tl.full((TOKENS,), 0.0, tl.float32)
     count = tl.full((TOKENS,), 0.0, tl.float32)
-    for first in range(part * PATCHES, h * w, parts * PATCHES):
-        patch = first + tl.arange(0, PATCHES)
+    for begin in range(first * PATCHES, h * w, stride * PATCHES):
+        patch = begin + tl.arange(0, PATCHES)
         y = (patch // w * FACTOR)[:, None] + (pixel // FACTOR)[None, :]
         x = (patch % w * FACTOR)[:, None] + (pixel % FACTOR)[None, :]
         inside = (y < height) & (x < width) & (pixel < FACTOR * FACTOR)[None, :]
@@ -59,9 +49,27 @@ def _region_sums_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr
         offset = image * h * w + patch
         label = tl.load(labels_ptr + offset, mask=patch < h * w, other=-1).to(tl.int32)
         front = tl.load(foreground_ptr + offset, mask=patch < h * w, other=0).to(tl.int1)
-        member = (label[:, None] == token[None, :]) | (front[:, None] & (token == t)[None, :])
+        member = (label[:, None] == token[None, :]) & (token < t)[None, :]
+        member = member | (front[:, None] & (token == t)[None, :])
         amount += tl.sum(tl.where(member, patch_amount[:, None], 0.0), axis=0)
         count += tl.sum(tl.where(member, patch_count[:, None], 0.0), axis=0)
+    return amount, count
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _region_sums_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, sums_ptr,
+                        t, c, h, w, height, width, FACTOR: tl.constexpr, AREA: tl.constexpr,
+                        PATCHES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """One partial sum over all t regions and the foreground of one image, see `_sums`.
+
+    Grid (b, p): a program takes every p-th block of patches.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    amount, count = _sums(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, image, part,
+                          parts, t, c, h, w, height, width, FACTOR, AREA, PATCHES,
+                          TOKENS)  # fmt: skip
+    token = tl.arange(0, TOKENS)
     offset = ((image * parts + part) * (t + 1) + token) * 2
     tl.store(sums_ptr + offset, amount, mask=token <= t)
     tl.store(sums_ptr + offset + 1, count, mask=token <= t)
@@ -85,8 +93,39 @@ def _region_rates(amount, count, token, t, guidance_scale, rate_min, rate_max, m
 
 
 @triton.jit
-def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_scale_ptr,
-                  token_weights_ptr, eps_ptr, rate_ptr, rate_min, rate_max, max_scale,
+def _scale_of(guidance_scale, scales_ptr, image):
+    """The guidance scale of an image: one for all, unless there are scales (b,)."""
+    if scales_ptr is not None:
+        guidance_scale = tl.load(scales_ptr + image).to(tl.float32)
+    return guidance_scale
+
+
+@triton.jit
+def _weighted(rates, token_weights_ptr, image, token, t):
+    """Rates times the weight of each token, where there are weights."""
+    if token_weights_ptr is not None:
+        weight = tl.load(token_weights_ptr + image * t + token, mask=token < t, other=0.0)
+        rates *= weight.to(tl.float32)
+    return rates
+
+
+@triton.jit
+def _combine(eps_uncond_ptr, eps_text_ptr, eps_ptr, rate_ptr, rate, guidance_scale, image, pixel,
+             c, size, CHANNELS: tl.constexpr):  # fmt: skip
+    """Write rate and guided prediction of some pixels, all channels, of one image."""
+    tl.store(rate_ptr + image * size + pixel, rate, mask=pixel < size)
+    channel = tl.arange(0, CHANNELS)[:, None]
+    offset = (image * c + channel) * size + pixel[None, :]
+    inside = (channel < c) & (pixel < size)[None, :]
+    eps_uncond = tl.load(eps_uncond_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    eps_text = tl.load(eps_text_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    eps = eps_uncond + (guidance_scale * rate)[None, :] * (eps_text - eps_uncond)
+    tl.store(eps_ptr + offset, eps.to(eps_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["parts", *SIZES])
+def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_scale,
+                  scales_ptr, token_weights_ptr, eps_ptr, rate_ptr, rate_min, rate_max, max_scale,
                   t, parts, c, h, w, height, width, FACTOR: tl.constexpr, FOREGROUND: tl.constexpr,
                   PARTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
                   PIXELS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
@@ -97,7 +136,7 @@ def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_s
     whose rates the blur picks from registers. PIXELS x CHANNELS is 4096 elements, 16 a thread.
     """
     image = tl.program_id(0).to(tl.int64)
-    guidance_scale = tl.load(guidance_scale_ptr + image).to(tl.float32)
+    guidance_scale = _scale_of(guidance_scale, scales_ptr, image)
     token, part = tl.arange(0, TOKENS), tl.arange(0, PARTS)
     offset = ((image * parts + part[:, None]) * (t + 1) + token[None, :]) * 2
     present = (part < parts)[:, None] & (token <= t)[None, :]
@@ -105,9 +144,7 @@ def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_s
     count = tl.sum(tl.load(sums_ptr + offset + 1, mask=present, other=0.0), axis=0)
     rates = _region_rates(amount, count, token, t, guidance_scale, rate_min, rate_max, max_scale,
                           FOREGROUND)  # fmt: skip
-    if token_weights_ptr is not None:
-        weight = tl.load(token_weights_ptr + image * t + token, mask=token < t, other=0.0)
-        rates *= weight.to(tl.float32)
+    rates = _weighted(rates, token_weights_ptr, image, token, t)
     start = tl.program_id(1) * PIXELS
     pixel = start + tl.arange(0, PIXELS)
     final = tl.minimum(start + PIXELS, height * width) - 1
@@ -115,7 +152,8 @@ def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_s
     final_row = tl.minimum(final // width + 1, height - 1) // FACTOR
     patch = first_row * w + tl.arange(0, WINDOW)
     label = tl.load(labels_ptr + image * h * w + patch, mask=patch < (final_row + 1) * w, other=0)
-    patch_rates = tl.gather(rates, label.to(tl.int32), 0)  # (WINDOW,)
+    label = tl.minimum(tl.maximum(label.to(tl.int32), 0), t - 1)  # never outside, whatever is given
+    patch_rates = tl.gather(rates, label, 0)  # (WINDOW,)
     y, x = tl.minimum(pixel, final) // width, pixel % width
     rate = tl.full((PIXELS,), 0.0, tl.float32)
     for dy in tl.static_range(-1, 2):
@@ -123,14 +161,8 @@ def _guide_kernel(eps_uncond_ptr, eps_text_ptr, labels_ptr, sums_ptr, guidance_s
         for dx in tl.static_range(-1, 2):
             near = tl.gather(patch_rates, row + _reflect(x + dx, width) // FACTOR, 0)
             rate += (CENTRE if dy == 0 else SIDE) * (CENTRE if dx == 0 else SIDE) * near
-    tl.store(rate_ptr + image * height * width + pixel, rate, mask=pixel <= final)
-    channel = tl.arange(0, CHANNELS)[:, None]
-    offset = (image * c + channel) * (height * width) + pixel[None, :]
-    inside = (channel < c) & (pixel <= final)[None, :]
-    eps_uncond = tl.load(eps_uncond_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    eps_text = tl.load(eps_text_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    eps = eps_uncond + (guidance_scale * rate)[None, :] * (eps_text - eps_uncond)
-    tl.store(eps_ptr + offset, eps.to(eps_ptr.dtype.element_ty), mask=inside)
+    _combine(eps_uncond_ptr, eps_text_ptr, eps_ptr, rate_ptr, rate, guidance_scale, image, pixel, c,
+             height * width, CHANNELS)  # fmt: skip
 
 
 def partials(pixels: int) -> int:
@@ -184,7 +216,7 @@ def region_sums(
     with on_device_of(sums):
         _region_sums_kernel[(b, parts)](
             eps_uncond, eps_text, labels, foreground, sums, tokens, c, h, w, height, width,
-            **_sums_blocks(tokens, factor), num_warps=8)  # fmt: skip
+            **_sums_blocks(tokens, factor), **OPTIONS)  # fmt: skip
     return sums
 
 
@@ -193,7 +225,7 @@ def guide(
     eps_text: Tensor,
     labels: Tensor,
     sums: Tensor,
-    guidance_scale: Tensor,
+    guidance_scale: float | Tensor,
     factor: int,
     benchmark: str = "foreground",
     rate_min: float = 0.8,
@@ -212,7 +244,8 @@ def guide(
         RuntimeError: An input requires grad.
         TypeError: An input is float64.
     """
-    check_inputs("guide", eps_uncond, eps_text, sums, guidance_scale, token_weights)
+    scales = guidance_scale if isinstance(guidance_scale, Tensor) else None
+    check_inputs("guide", eps_uncond, eps_text, sums, scales, token_weights)
     b, c, height, width = eps_text.shape
     h, w = labels.shape[1:]
     parts, tokens = sums.shape[1], sums.shape[2] - 1
@@ -221,24 +254,8 @@ def guide(
     blocks = _guide_blocks(c, tokens, parts, factor, height, width)
     with on_device_of(eps):
         _guide_kernel[(b, triton.cdiv(height * width, blocks["PIXELS"]))](
-            eps_uncond, eps_text, labels, sums, guidance_scale, token_weights, eps, rate,
+            eps_uncond, eps_text, labels, sums, guidance_scale if scales is None else 1.0, scales,
+            token_weights, eps, rate,
             rate_min, rate_max, max_scale, tokens, parts, c, h, w, height, width,
-            FOREGROUND=benchmark == "foreground", **blocks, num_warps=8)  # fmt: skip
+            FOREGROUND=benchmark == "foreground", **blocks, **OPTIONS)  # fmt: skip
     return eps, rate
-
-
-def specializations():
-    """Launches to compile without a GPU, as in `csrc_triton.attention.specializations`."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for c, size, t, factor in SHAPES:
-            eps = torch.empty(2, c, size, size, dtype=dtype, device="meta")
-            labels = torch.empty(
-                2, size // factor, size // factor, dtype=torch.int64, device="meta"
-            )
-            foreground = labels.to(torch.bool)
-            sums = torch.empty(2, partials(size * size), t + 1, 2, device="meta")
-            scale, token_weights = torch.empty(2, device="meta"), torch.empty(2, t, device="meta")
-            yield region_sums, (eps, eps, labels, foreground, t, factor)
-            yield guide, (eps, eps, labels, sums, scale, factor)
-            options = ("image", 0.8, 3.0, None, token_weights)
-            yield guide, (eps, eps, labels, sums, scale, factor, *options)

@@ -1,7 +1,25 @@
 """What every launch shares: no gradient and no precision is lost, and the device is current."""
 
+import functools
+
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+# Products and sums may be fused, as results were checked: Triton 3.10 no longer does it unasked.
+OPTIONS = dict(num_warps=8, enable_fp_fusion=True)
+
+
+def stages(wanted: int) -> int:
+    """Stages of a pipelined loop: what is wanted, but two where a block has only 64 KiB."""
+    return wanted if knobs.runtime.interpret else min(wanted, _most_stages(driver.active))
+
+
+@functools.cache
+def _most_stages(active) -> int:
+    target = active.get_current_target()
+    return 2 if target.backend == "hip" and target.arch != "gfx950" else 3
 
 
 def check_inputs(operation: str, *inputs: Tensor | None) -> None:

@@ -10,15 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.blur import _blurred_upsampling
-from csrc_triton.launch import check_inputs, on_device_of
+from csrc_triton.launch import OPTIONS, check_inputs, on_device_of
 
 NO_START = tl.constexpr(1e-5)  # as in scfg.reference
-SHAPES = (  # h, w, t, factors of the usual sizes
-    (16, 16, 77, (1, 2)), (32, 32, 77, (1, 2)),  # SD 1.5 at 512 and 1024
-    (24, 24, 77, (1, 2)),  # SD 2.1 at 768
-    (32, 32, 77, (1,)),  # SDXL at 1024
-    (16, 16, 16, (1, 2)),  # the embedded model
-)  # fmt: skip
 
 
 @triton.jit
@@ -93,18 +87,9 @@ def _start_loses(x_ptr, image, last, top, left, h, w, FACTORS: tl.constexpr, WID
 
 
 @triton.jit
-def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, flat_ptr, t, u, h, w,
-                    FACTORS: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
-                    COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """Labels and foreground of one tile of ROWS x COLS patches of one image.
-
-    Grid (b, ceil(h / ROWS), ceil(w / COLS)). TOKENS columns at a time, the evidence under the tile
-    and its halo is read once, labels are written once. 8 rows and the full width of SD 1.5 and SDXL
-    make the halo, read by two tiles, at most a quarter; 16 tokens are two sectors, and all that
-    fits the registers of 8 warps.
-    """
-    image = tl.program_id(0).to(tl.int64)
-    top, left = tl.program_id(1) * ROWS, tl.program_id(2) * COLS
+def _label_tile(x_ptr, image, top, left, t, h, w, FACTORS: tl.constexpr, WIDTHS: tl.constexpr,
+                ROWS: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """The token with the largest evidence on each patch of a tile: (COLS, ROWS) int32."""
     best = tl.full((COLS, ROWS), float("-inf"), tl.float32)
     label = tl.full((COLS, ROWS), 0, tl.int32)
     for block in range(0, t, TOKENS):
@@ -112,8 +97,8 @@ def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, flat_ptr,
         total = tl.full((COLS, ROWS * TOKENS), 0.0, tl.float32)
         for level in tl.static_range(len(FACTORS)):
             n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
-            x_ptr = tokens_ptr[level] + image * n * (t + 1)
-            total += _blurred_level(x_ptr, token, token < t, t + 1, top, left, h, w,
+            level_ptr = x_ptr[level] + image * n * (t + 1)
+            total += _blurred_level(level_ptr, token, token < t, t + 1, top, left, h, w,
                                     FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
         total = tl.reshape(total, (COLS, ROWS, TOKENS))
         wins = (token < t)[None, None, :] & (total == total)  # NaN does not
@@ -121,23 +106,62 @@ def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, flat_ptr,
         value, index = tl.max(total, axis=2, return_indices=True)  # lowest index on ties
         label = tl.where(value > best, block + index, label)
         best = tl.maximum(best, value)
+    return tl.minimum(label, t - 1)
+
+
+@triton.jit
+def _flatness(tokens_ptr, start_ptr, image, t, u, h, w, FACTORS: tl.constexpr):
+    """Whether START is flat in the evidence that marks the foreground, and in both."""
     flat = _start_is_flat(start_ptr, image, u + 1, h, w, FACTORS)
+    both = flat
+    if flat:
+        both = flat & _start_is_flat(tokens_ptr, image, t + 1, h, w, FACTORS)
+    return flat, both
+
+
+@triton.jit
+def _segment_tile(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, image, flat, both, top, left,
+                  t, u, h, w, FACTORS: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
+                  COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Write labels and foreground of one tile of ROWS x COLS patches of one image.
+
+    TOKENS columns at a time, the evidence under the tile and its halo is read once, labels are
+    written once. 8 rows and the full width of SD 1.5 and SDXL make the halo, read by two tiles, at
+    most a quarter; 16 tokens are two sectors, and all that fits the registers of 8 warps.
+    """
+    label = _label_tile(tokens_ptr, image, top, left, t, h, w, FACTORS, WIDTHS, ROWS, COLS, TOKENS)
     if flat:
         marked = _start_loses(tokens_ptr, image, t, top, left, h, w, FACTORS, WIDTHS, ROWS, COLS)
-        marked = marked & ~_start_is_flat(tokens_ptr, image, t + 1, h, w, FACTORS)
+        marked = marked & ~both
     else:
         marked = _start_loses(start_ptr, image, u, top, left, h, w, FACTORS, WIDTHS, ROWS, COLS)
     row, col = top + tl.arange(0, ROWS)[None, :], left + tl.arange(0, COLS)[:, None]
     offset, inside = (image * h + row) * w + col, (row < h) & (col < w)
     tl.store(labels_ptr + offset, label.to(tl.int64), mask=inside)
     tl.store(foreground_ptr + offset, marked, mask=inside)
+
+
+@triton.jit(do_not_specialize=["t", "u", "h", "w"])
+def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, flat_ptr, t, u, h, w,
+                    FACTORS: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
+                    COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """One tile of one image, see `_segment_tile`. Grid (b, ceil(h / ROWS), ceil(w / COLS))."""
+    image = tl.program_id(0).to(tl.int64)
+    flat, both = _flatness(tokens_ptr, start_ptr, image, t, u, h, w, FACTORS)
+    top, left = tl.program_id(1) * ROWS, tl.program_id(2) * COLS
+    _segment_tile(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, image, flat, both, top, left,
+                  t, u, h, w, FACTORS, WIDTHS, ROWS, COLS, TOKENS)  # fmt: skip
     tl.store(flat_ptr + image, flat)  # the same from every program of the image
 
 
 def _blocks(w: int, factors: list[int]) -> dict:
-    """The constants of `_segment_kernel`; WIDTHS is what a tile reads of a coarse row."""
+    """The constants of `_segment_tile`; WIDTHS, what a tile reads of a coarse row, in sixteens.
+
+    Rounded, so that two widths of an image share a kernel.
+    """
     cols = 16 if w <= 16 else 32
-    widths = tuple(min((cols - 1) // factor + 3, -(-w // factor)) for factor in factors)
+    widths = [min((cols - 1) // factor + 3, -(-w // factor)) for factor in factors]
+    widths = tuple(triton.cdiv(width, 16) * 16 for width in widths)
     return dict(FACTORS=tuple(factors), WIDTHS=widths, ROWS=8, COLS=cols, TOKENS=16)
 
 
@@ -163,15 +187,5 @@ def segment(
     with on_device_of(labels):
         _segment_kernel[grid](
             tuple(tokens), tuple(start), labels, foreground, flat, columns - 1,
-            start[0].shape[2] - 1, h, w, **blocks, num_warps=8, num_stages=2)  # fmt: skip
+            start[0].shape[2] - 1, h, w, **blocks, **OPTIONS, num_stages=2)  # fmt: skip
     return labels, foreground, flat
-
-
-def specializations():
-    """Launches to compile without a GPU, as in `csrc_triton.attention.specializations`."""
-    for h, w, t, factors in SHAPES:
-        levels = [
-            torch.empty(2, -(-h // factor) * -(-w // factor), t + 1, device="meta")
-            for factor in factors
-        ]
-        yield segment, (levels, levels, h, w, factors)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import inspect
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ BACKENDS = ("auto", "torch", "triton")
 def has_triton() -> bool:
     """Whether the package triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def supported(device: torch.device) -> bool:
+    """Whether ``"auto"`` takes Triton on a CUDA device: NVIDIA from sm_80 on, or AMD."""
+    if not has_triton():
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def kernel(name: str):
@@ -75,18 +84,49 @@ def run(name: str, backend: str, **arguments):
             )
         if backend == "triton" and not has_triton():
             raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
-        if backend == "triton" and device.type != "cuda":
+        if backend == "triton" and device.type == "cuda":
+            return _launch(name, arguments)
+        if backend == "triton":
             if not interpreting():
                 raise RuntimeError(
                     f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
                     "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
                 )
             return _launch(name, arguments)
+        scale = arguments.get("guidance_scale")
+        if isinstance(scale, Tensor):
+            arguments |= {"guidance_scale": 0.0, "scales": scale}
         return getattr(torch.ops.scfg, name)(**arguments)
 
 
 def _listed(value) -> list:
     return value if isinstance(value, list) else [value]
+
+
+def _with_scales(definition):
+    """An operation as a custom op has it: guidance_scale is a float, unless there are scales (b,).
+
+    A schema knows no type that is a number or a tensor, and a number made a tensor is a launch.
+    """
+    signature = inspect.signature(definition)
+    scale = signature.parameters["guidance_scale"].replace(annotation=float)
+    scales = inspect.Parameter(
+        "scales", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Tensor | None
+    )
+
+    parameters = {**signature.parameters, "guidance_scale": scale, "scales": scales}
+
+    def op(*args, **kwargs):
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        scales = given.pop("scales", None)
+        if scales is not None:
+            given["guidance_scale"] = scales
+        return definition(**given)
+
+    op.__signature__ = signature.replace(parameters=list(parameters.values()))
+    op.__annotations__ = {name: x.annotation for name, x in parameters.items()}
+    op.__annotations__["return"] = signature.return_annotation
+    return op
 
 
 def _define(name: str, fake=None) -> None:
@@ -95,15 +135,18 @@ def _define(name: str, fake=None) -> None:
     The reference is its own fake unless it would be traced into more than shapes.
     """
     definition = getattr(reference, name)
-    op = torch.library.custom_op(f"scfg::{name}", definition, mutates_args=())
-    names = [argument.name for argument in op._opoverload._schema.arguments]
+    names = list(inspect.signature(definition).parameters)
 
-    @op.register_kernel("cuda")
-    def _(*args, **kwargs):
-        if not has_triton():
+    def twin(*args, **kwargs):
+        tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not supported(tensor.device):
             return definition(*args, **kwargs)
         return _launch(name, dict(zip(names, args, strict=False)) | kwargs)
 
+    if "guidance_scale" in names:
+        definition, twin = _with_scales(definition), _with_scales(functools.wraps(definition)(twin))
+    op = torch.library.custom_op(f"scfg::{name}", definition, mutates_args=())
+    op.register_kernel("cuda")(twin)
     op.register_fake(definition if fake is None else fake)
 
 
@@ -117,7 +160,7 @@ def _fake_apply(q, k, columns, heads):
 
 def _fake_region_sums(eps_uncond, eps_text, labels, foreground, tokens, factor):
     b, _, height, width = eps_text.shape
-    on_gpu = eps_text.is_cuda and has_triton()
+    on_gpu = eps_text.is_cuda and supported(eps_text.device)
     parts = kernel("partials")(height * width) if on_gpu else 1
     return eps_text.new_empty((b, parts, tokens + 1, 2), dtype=_wide(eps_text))
 
@@ -128,8 +171,16 @@ def _fake_guide(eps_uncond, eps_text, *args, **kwargs):
     return eps_text.new_empty(eps_text.shape), rate
 
 
+def _fake_guide_evidence(eps_uncond, eps_text, tokens, start, h, w, *args, **kwargs):
+    b = eps_text.shape[0]
+    labels = eps_text.new_empty((b, h, w), dtype=torch.int64)
+    foreground, flat = labels.to(torch.bool), labels.new_empty((b,), dtype=torch.bool)
+    return *_fake_guide(eps_uncond, eps_text), labels, foreground, flat
+
+
 for _name in ("attention_map", "attention_maps", "propagate", "complete", "segment"):
     _define(_name)
 _define("attention_apply", _fake_apply)
 _define("region_sums", _fake_region_sums)
 _define("guide", _fake_guide)
+_define("guide_evidence", _fake_guide_evidence)

@@ -58,17 +58,17 @@ class Guided:
     rule: str = ""
 
 
-def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> Tensor:
-    """The guidance scale as a (b,) float32 tensor on the device of eps.
+def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> float | Tensor:
+    """The guidance scale as a float, or as a (b,) float32 tensor on the device of eps.
 
     Raises:
         ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
     """
     b = eps.shape[0]
     if not isinstance(guidance_scale, Tensor):
-        if not (math.isfinite(guidance_scale) and guidance_scale > 0):
+        if not 0 < guidance_scale < math.inf:  # which a compiler follows, unlike isfinite
             raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
-        return torch.full((b,), float(guidance_scale), device=eps.device)
+        return float(guidance_scale)
     if guidance_scale.shape not in ((), (b,)):
         raise ValueError(
             f"guidance_scale must be a float or of shape ({b},), got {tuple(guidance_scale.shape)}"
@@ -95,9 +95,30 @@ def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) ->
         ValueError: guidance_scale is not finite and > 0.
     """
     wide = torch.promote_types(eps_text.dtype, torch.float32)
-    scale = as_scale(guidance_scale, eps_text).to(wide)[:, None, None, None]
+    scale = as_scale(guidance_scale, eps_text)
+    if isinstance(scale, Tensor):
+        scale = scale.to(wide)[:, None, None, None]
     eps = eps_uncond.to(wide) + scale * (eps_text.to(wide) - eps_uncond.to(wide))
     return eps.to(eps_text.dtype)
+
+
+def _levels(uncond: Evidence | None, text: Evidence, config: SCFGConfig) -> tuple:
+    """tokens, start, h, w and factors of `scfg.reference.segment`."""
+    if uncond is None:
+        raise RuntimeError("a U-Net's unconditional branch must be recorded too, got None")
+    for name, branch in (("uncond", uncond), ("text", text)):
+        if branch.tokens < 2:
+            raise ValueError(f"{name} must have START and another token, got {branch.tokens} token")
+    if text.reductions != uncond.reductions or text.size != uncond.size:
+        raise RuntimeError(
+            f"both branches must be recorded alike, got levels {uncond.reductions} of size "
+            f"{uncond.size} (unconditional) and {text.reductions} of size {text.size} (text)"
+        )
+    tokens = [text.total(r) for r in text.reductions]
+    start = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else tokens
+    factors = [r // config.map_reduction for r in text.reductions]
+    h, w = map_grid(text.size, config.map_reduction)
+    return tokens, start, h, w, factors
 
 
 def find_regions(
@@ -122,25 +143,17 @@ def find_regions(
     """
     if text.patches is not None:
         return _patch_regions(uncond, text, config, backend)
-    if uncond is None:
-        raise RuntimeError("a U-Net's unconditional branch must be recorded too, got None")
-    for name, branch in (("uncond", uncond), ("text", text)):
-        if branch.tokens < 2:
-            raise ValueError(f"{name} must have START and another token, got {branch.tokens} token")
-    if text.reductions != uncond.reductions or text.size != uncond.size:
-        raise RuntimeError(
-            f"both branches must be recorded alike, got levels {uncond.reductions} of size "
-            f"{uncond.size} (unconditional) and {text.reductions} of size {text.size} (text)"
-        )
-    tokens = [text.total(r) for r in text.reductions]
-    start = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else tokens
-    factors = [r // config.map_reduction for r in text.reductions]
-    h, w = map_grid(text.size, config.map_reduction)
+    tokens, start, h, w, factors = _levels(uncond, text, config)
     labels, foreground, flat = ops.segment(tokens, start, h, w, factors, backend)
-    benchmark = "image" if config.benchmark == "image" else "foreground"
+    return Regions(labels, foreground, text.tokens, flat, *unet_benchmark(config))
+
+
+def unet_benchmark(config: SCFGConfig) -> tuple[str, str]:
+    """`Regions.benchmark` and `Regions.rule` of a U-Net."""
+    if config.benchmark == "image":
+        return "image", "image"
     branch = "text" if config.foreground == "cond" else "unconditional"
-    rule = "image" if benchmark == "image" else f"START of the {branch} branch"
-    return Regions(labels, foreground, text.tokens, flat, benchmark, rule)
+    return "foreground", f"START of the {branch} branch"
 
 
 def _patch_regions(
@@ -212,7 +225,7 @@ def guide_regions(
     if frames > 1:  # one rate for each region of the clip
         clip = rearrange(sums, "(b f) p t k -> b (f p) t k", f=frames)
         sums = clip.repeat_interleave(frames, dim=0)
-        scale = scale.repeat_interleave(frames)
+        scale = scale.repeat_interleave(frames) if isinstance(scale, Tensor) else scale
         if token_weights is not None:
             token_weights = token_weights.repeat_interleave(frames, dim=0)
     eps, rate = ops.guide(
@@ -234,6 +247,53 @@ def guide_regions(
     return Guided(
         eps, rate, regions.labels, regions.foreground, regions.start_is_flat, regions.rule
     )
+
+
+def guide_evidence(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    *,
+    uncond: Evidence | None,
+    text: Evidence,
+    guidance_scale: float | Tensor,
+    config: SCFGConfig,
+    backend: str = "auto",
+    token_weights: Tensor | None = None,
+) -> Guided:
+    """`find_regions`, then `guide_regions`; of a U-Net as one operation, mostly one launch.
+
+    Raises:
+        RuntimeError: As `find_regions`.
+        ValueError: As both.
+    """
+    if text.patches is not None:
+        regions = find_regions(uncond=uncond, text=text, config=config, backend=backend)
+        return guide_regions(
+            eps_uncond, eps_text, regions, guidance_scale, config, backend, token_weights
+        )
+    tokens, start, h, w, factors = _levels(uncond, text, config)
+    benchmark, rule = unet_benchmark(config)
+    if token_weights is not None:
+        token_weights = token_weights.to(eps_text.device, torch.float32)
+        token_weights = token_weights.expand(eps_text.shape[0], -1)
+    found = ops.guide_evidence(
+        eps_uncond,
+        eps_text,
+        tokens,
+        start,
+        h,
+        w,
+        factors,
+        as_scale(guidance_scale, eps_text),
+        factor=config.map_reduction,
+        benchmark=benchmark,
+        rate_min=config.rate_min,
+        rate_max=config.rate_max,
+        max_scale=config.max_scale,
+        token_weights=token_weights,
+        backend=backend,
+    )
+    return Guided(*found, rule)
 
 
 def _pixels_per_patch(eps: Tensor, labels: Tensor) -> int:
@@ -304,9 +364,13 @@ def semantic_cfg(
     ops.check_predictions(eps_uncond, eps_text)
     b = eps_text.shape[0]
     both = fold_maps(eps_text, self_maps, cross_maps, config, backend)
-    regions = find_regions(
-        uncond=both.rows(0, b), text=both.rows(b, 2 * b), config=config, backend=backend
-    )
-    return guide_regions(
-        eps_uncond, eps_text, regions, guidance_scale, config, backend, token_weights
+    return guide_evidence(
+        eps_uncond,
+        eps_text,
+        uncond=both.rows(0, b),
+        text=both.rows(b, 2 * b),
+        guidance_scale=guidance_scale,
+        config=config,
+        backend=backend,
+        token_weights=token_weights,
     )

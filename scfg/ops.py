@@ -4,7 +4,8 @@ Each function here has the parameters of its namesake in `scfg.reference`, whose
 definition, plus ``backend``:
 
 - ``"auto"``: a `torch.library` custom op, ``torch.ops.scfg.<name>``: the reference on a CPU, Triton
-  on CUDA when triton is installed (else the reference). Opaque to and usable under torch.compile.
+  on CUDA from sm_80 on and on AMD, when triton is installed (else the reference). Opaque to and
+  usable under torch.compile.
 - ``"torch"``: the reference itself, on any device; the only differentiable choice.
 - ``"triton"``: Triton or an error. Kernels take float16, bfloat16 and float32.
 
@@ -164,15 +165,9 @@ def complete(
     )
 
 
-def segment(
-    tokens: list[Tensor],
-    start: list[Tensor],
-    h: int,
-    w: int,
-    factors: list[int],
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels and foreground from the evidence of all levels, see `scfg.reference.segment`."""
+def _check_levels(
+    tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
+) -> None:
     if not tokens or not len(tokens) == len(start) == len(factors):
         raise ValueError(
             "tokens, start and factors must have one entry per level, at least one, "
@@ -183,6 +178,18 @@ def segment(
             n = -(-h // factor) * -(-w // factor)
             _shape(x, f"{name}[{level}]", tokens[0].shape[0], n, levels[0].shape[2])
             _finite(x, f"{name}[{level}] (evidence of the attention maps)")
+
+
+def segment(
+    tokens: list[Tensor],
+    start: list[Tensor],
+    h: int,
+    w: int,
+    factors: list[int],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels and foreground from the evidence of all levels, see `scfg.reference.segment`."""
+    _check_levels(tokens, start, h, w, factors)
     return backends.run(
         "segment", backend, tokens=list(tokens), start=list(start), h=h, w=w, factors=list(factors)
     )
@@ -211,6 +218,23 @@ def _check_labels(eps_text: Tensor, labels: Tensor, factor: int) -> None:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
 
 
+def _check_range(labels: Tensor, tokens: int) -> None:
+    """Raise if a CPU label names no token; a kernel reads the nearest token's rate instead."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= tokens:
+        raise ValueError(f"labels must be in [0, {tokens}), got {low} to {high}")
+
+
+def _check_scale(guidance_scale: float | Tensor, b: int) -> float | Tensor:
+    """The guidance scale, a float or (b,), as the operations take it."""
+    if isinstance(guidance_scale, Tensor):
+        _shape(guidance_scale, "guidance_scale", b)
+        return guidance_scale
+    return float(guidance_scale)
+
+
 def region_sums(
     eps_uncond: Tensor,
     eps_text: Tensor,
@@ -223,6 +247,7 @@ def region_sums(
     """Sums of the guidance norm over regions, see `scfg.reference.region_sums`."""
     check_predictions(eps_uncond, eps_text)
     _check_labels(eps_text, labels, factor)
+    _check_range(labels, tokens)
     _shape(foreground, "foreground", *labels.shape)
     return backends.run(
         "region_sums",
@@ -241,7 +266,7 @@ def guide(
     eps_text: Tensor,
     labels: Tensor,
     sums: Tensor,
-    guidance_scale: Tensor,
+    guidance_scale: float | Tensor,
     factor: int,
     benchmark: str = "foreground",
     rate_min: float = 0.8,
@@ -255,7 +280,7 @@ def guide(
     _check_labels(eps_text, labels, factor)
     b = eps_uncond.shape[0]
     _shape(sums, "sums", b, "p", "t+1", 2)
-    _shape(guidance_scale, "guidance_scale", b)
+    _check_range(labels, sums.shape[2] - 1)
     if token_weights is not None:
         _shape(token_weights, "token_weights", b, sums.shape[2] - 1)
     return backends.run(
@@ -265,7 +290,56 @@ def guide(
         eps_text=eps_text,
         labels=labels,
         sums=sums,
-        guidance_scale=guidance_scale,
+        guidance_scale=_check_scale(guidance_scale, b),
+        factor=factor,
+        benchmark=benchmark,
+        rate_min=float(rate_min),
+        rate_max=float(rate_max),
+        max_scale=None if max_scale is None else float(max_scale),
+        token_weights=token_weights,
+    )
+
+
+def guide_evidence(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    tokens: list[Tensor],
+    start: list[Tensor],
+    h: int,
+    w: int,
+    factors: list[int],
+    guidance_scale: float | Tensor,
+    factor: int,
+    benchmark: str = "foreground",
+    rate_min: float = 0.8,
+    rate_max: float = 3.0,
+    max_scale: float | None = 15.0,
+    token_weights: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From evidence to the guided prediction, see `scfg.reference.guide_evidence`."""
+    check_predictions(eps_uncond, eps_text)
+    _check_levels(tokens, start, h, w, factors)
+    b, _, height, width = eps_text.shape
+    if (h, w) != (-(-height // factor), -(-width // factor)):
+        raise ValueError(
+            f"h and w must be those of ({height}, {width}) reduced by {factor}, got {h} and {w}"
+        )
+    if tokens[0].shape[0] != b:
+        raise ValueError(f"tokens[0] must have {b} images, got {tokens[0].shape[0]}")
+    if token_weights is not None:
+        _shape(token_weights, "token_weights", b, tokens[0].shape[2] - 1)
+    return backends.run(
+        "guide_evidence",
+        backend,
+        eps_uncond=eps_uncond,
+        eps_text=eps_text,
+        tokens=list(tokens),
+        start=list(start),
+        h=h,
+        w=w,
+        factors=list(factors),
+        guidance_scale=_check_scale(guidance_scale, b),
         factor=factor,
         benchmark=benchmark,
         rate_min=float(rate_min),

@@ -19,6 +19,13 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _each(guidance_scale: float | Tensor, x: Tensor) -> Tensor:
+    """The guidance scale in the type of x, (b, ...), to be multiplied with it."""
+    if isinstance(guidance_scale, Tensor):
+        return guidance_scale.to(x).reshape(-1, *[1] * (x.dim() - 1))
+    return x.new_full((), guidance_scale)
+
+
 def attention_map(q: Tensor, k: Tensor, heads: int, key_bias: Tensor | None = None) -> Tensor:
     """Attention probabilities, averaged over heads.
 
@@ -434,7 +441,7 @@ def region_sums(
 
 def region_rates(
     sums: Tensor,
-    guidance_scale: Tensor,
+    guidance_scale: float | Tensor,
     benchmark: str = "foreground",
     rate_min: float = 0.8,
     rate_max: float = 3.0,
@@ -448,7 +455,7 @@ def region_rates(
 
     Args:
         sums: (b, p, t+1, 2) from `region_sums`.
-        guidance_scale: (b,), > 0.
+        guidance_scale: Float or (b,), > 0.
         benchmark: ``"foreground"`` or ``"image"`` (all pixels).
         rate_min: Least rate.
         rate_max: Largest rate.
@@ -465,9 +472,10 @@ def region_rates(
     reference = sums[:, -1:] if benchmark == "foreground" else regions.sum(dim=1, keepdim=True)
     mean = regions[..., 0] / regions[..., 1].clamp_min(1)  # (b, t)
     standard = reference[..., 0] / reference[..., 1].clamp_min(1)  # (b, 1)
-    rate = torch.where(mean == 0, 1.0, standard / mean).clamp(rate_min, rate_max)
+    some = torch.where(mean == 0, 1.0, mean)  # dividing by zero would make gradients NaN
+    rate = torch.where(mean == 0, 1.0, standard / some).clamp(rate_min, rate_max)
     if max_scale is not None:
-        rate = torch.minimum(rate, max_scale / guidance_scale.to(rate)[:, None])
+        rate = torch.minimum(rate, max_scale / _each(guidance_scale, rate))
     return torch.where(reference[..., 1] == 0, 1.0, rate)
 
 
@@ -476,7 +484,7 @@ def guide(
     eps_text: Tensor,
     labels: Tensor,
     sums: Tensor,
-    guidance_scale: Tensor,
+    guidance_scale: float | Tensor,
     factor: int,
     benchmark: str = "foreground",
     rate_min: float = 0.8,
@@ -493,7 +501,7 @@ def guide(
         eps_text: (b, c, H, W).
         labels: (b, h, w) int64.
         sums: (b, p, t+1, 2) from `region_sums`.
-        guidance_scale: (b,), > 0.
+        guidance_scale: Float or (b,), > 0.
         factor: Latent pixels per patch.
         benchmark: See `region_rates`.
         rate_min: See `region_rates`.
@@ -512,6 +520,54 @@ def guide(
         rates = rates * token_weights.to(rates)
     patches = rates.gather(1, labels.flatten(1)).view(labels.shape)  # (b, h, w)
     rate = blur(spread(patches, *eps_text.shape[-2:], factor))[:, None]  # (b, 1, H, W)
-    scale = guidance_scale.to(rate)[:, None, None, None] * rate
+    scale = _each(guidance_scale, rate) * rate
     eps = _wide(eps_uncond) + scale * (_wide(eps_text) - _wide(eps_uncond))
     return eps.to(eps_text.dtype), rate
+
+
+def guide_evidence(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    tokens: list[Tensor],
+    start: list[Tensor],
+    h: int,
+    w: int,
+    factors: list[int],
+    guidance_scale: float | Tensor,
+    factor: int,
+    benchmark: str = "foreground",
+    rate_min: float = 0.8,
+    rate_max: float = 3.0,
+    max_scale: float | None = 15.0,
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the evidence of all levels to the guided prediction: `segment`, `region_sums`, `guide`.
+
+    Args:
+        eps_uncond: (b, c, H, W).
+        eps_text: (b, c, H, W).
+        tokens: See `segment`.
+        start: See `segment`.
+        h: See `segment`.
+        w: See `segment`.
+        factors: See `segment`.
+        guidance_scale: Float or (b,), > 0.
+        factor: Latent pixels per patch.
+        benchmark: See `region_rates`.
+        rate_min: See `region_rates`.
+        rate_max: See `region_rates`.
+        max_scale: See `region_rates`.
+        token_weights: See `guide`.
+
+    Returns:
+        eps (b, c, H, W), rate (b, 1, H, W), labels (b, h, w), foreground (b, h, w),
+        `start_is_flat` (b,).
+    """
+    labels, foreground, flat = segment(tokens, start, h, w, factors)
+    count = tokens[0].shape[2] - 1
+    sums = region_sums(eps_uncond, eps_text, labels, foreground, count, factor)
+    limits = (benchmark, rate_min, rate_max, max_scale)
+    eps, rate = guide(
+        eps_uncond, eps_text, labels, sums, guidance_scale, factor, *limits, token_weights
+    )
+    return eps, rate, labels, foreground, flat

@@ -9,9 +9,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import scfg
+from benchmarks import cases
 from scfg import ops
 from scfg.evidence import Evidence, fold, level_weights
-from scfg.guidance import find_regions, guide_regions
 
 SIZE = (64, 64)
 PAPER = scfg.SCFGConfig()
@@ -45,13 +45,18 @@ def test_a_captured_layer_takes_two(reduction):
     assert launched == ["_attention_maps_kernel", "_complete_kernel"]
 
 
-def test_three_follow_the_last_layer():
-    g = torch.Generator().manual_seed(0)
-    levels = {4: [torch.rand(2, 256, 78, generator=g)], 8: [torch.rand(2, 64, 78, generator=g)]}
-    evidence = Evidence(SIZE, {r: [x.to(DEVICE) for x in level] for r, level in levels.items()})
-    eps = torch.randn(2, 1, 4, *SIZE, generator=g).to(DEVICE).unbind(0)
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [
+        ("sd15-512", ["_guide_evidence_kernel"]),
+        ("sdxl-1024", ["_guide_evidence_kernel"]),
+        ("beyond", ["_segment_kernel", "_region_sums_kernel", "_guide_kernel"]),
+    ],
+)
+def test_one_follows_the_last_layer(name, launches):
+    wide = cases.Shape((4, 4, 4 * 1025), ((4, 1, 1, 8),), tokens=2)
+    shape = cases.SHAPES.get(name, wide)
+    args = cases.arguments("guide_evidence", shape, 1, device=DEVICE)
     with counting_launches() as launched:
-        uncond, text = evidence.rows(0, 1), evidence.rows(1, 2)
-        regions = find_regions(uncond=uncond, text=text, config=PAPER, backend="triton")
-        guide_regions(*eps, regions, 7.5, PAPER, "triton")
-    assert launched == ["_segment_kernel", "_region_sums_kernel", "_guide_kernel"]
+        cases.call("guide_evidence", "triton")(*args)
+    assert launched == launches

@@ -24,6 +24,7 @@ def arguments(dtype=torch.float32):
     foreground = labels > 2
     sums = torch.rand(2, 3, 8, 2, generator=g) + 0.5
     scale = torch.tensor([7.5, 2.0])
+    image = ("image", 0.8, 3.0, None, torch.ones(2, 7))
     return {
         "attention_map": (q, text, 3, torch.zeros(2, 7)),
         "attention_maps": (q, k, q, text, 3, None),
@@ -32,14 +33,18 @@ def arguments(dtype=torch.float32):
         "complete": (*maps, weights, rand(2, 35, 8).float(), "paper", 4),
         "segment": (evidence, evidence, 5, 7, [1, 2]),
         "region_sums": (u, c, labels, foreground, 7, 4),
-        "guide": (u, c, labels, sums, scale, 4, "image", 0.8, 3.0, None, torch.ones(2, 7)),
+        "guide": (u, c, labels, sums, scale, 4, *image),
+        "guide_evidence": (u, c, evidence, evidence, 5, 7, [1, 2], 7.5, 4, *image),
     }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("name", arguments())
 def test_opcheck(name, dtype):
-    torch.library.opcheck(getattr(torch.ops.scfg, name), arguments(dtype)[name])
+    args, scales = list(arguments(dtype)[name]), {}
+    if name == "guide":  # the op itself takes a number, or scales
+        args[4], scales["scales"] = 1.0, args[4]
+    torch.library.opcheck(getattr(torch.ops.scfg, name), tuple(args), scales)
 
 
 @pytest.mark.parametrize("name", arguments())
@@ -112,6 +117,9 @@ def test_autocast_does_not_reach_the_operations():
         ("segment", 4, [1], "one entry per level"),
         ("segment", 2, 9, r"tokens\[0\] must have shape \(2, 63, 8\)"),
         ("region_sums", 2, torch.zeros(2, 5, 6, dtype=torch.int64), r"labels must have shape"),
+        ("guide", 2, torch.full((2, 5, 7), 7), r"labels must be in \[0, 7\)"),
+        ("region_sums", 2, torch.full((2, 5, 7), -1), r"labels must be in \[0, 7\)"),
+        ("guide_evidence", 4, 6, r"tokens\[0\] must have shape"),
         ("guide", 4, torch.ones(3), r"guidance_scale must have shape \(2\)"),
         ("guide", 10, torch.ones(2, 8), r"token_weights must have shape \(2, 7\)"),
     ],

@@ -8,6 +8,7 @@ from conftest import DEVICE, Golden, assert_close
 
 import csrc_triton
 import scfg
+from csrc_triton import onepass
 from scfg import reference
 
 DTYPES = [
@@ -183,16 +184,41 @@ def test_an_empty_foreground_and_a_region_without_guidance():
     assert_close(actual=rate, expected=reference.guide(*eps, labels, sums, scale, 4)[1], share=1e-6)
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+@pytest.mark.parametrize(
+    ("b", "c", "height", "width", "factor", "t", "factors"),
+    [(2, 4, 18, 26, 4, 5, [1, 2]), (1, 48, 9, 18, 1, 20, [1]), (3, 4, 72, 40, 4, 77, [1, 2])],
+)
+def test_one_launch_gives_the_bits_of_three(
+    b, c, height, width, factor, t, factors, flat, monkeypatch
+):
+    *eps, labels, _ = predictions(b, c, height, width, factor, t, torch.float16)
+    h, w = labels.shape[1:]
+    tokens, start = (evidence(b, h, w, factors, t + 1, seed=seed) for seed in (0, 1))
+    if flat:
+        for x in start:
+            x[0] = 1
+    scale = torch.linspace(2, 9, b, device=DEVICE) if b > 1 else 7.5
+    args = (*eps, tokens, start, h, w, factors, scale, factor)
+    one = csrc_triton.guide_evidence(*args)
+    monkeypatch.setattr(onepass, "PATCHES", 0)
+    three = csrc_triton.guide_evidence(*args)
+    assert all(same_bits(x, y) for x, y in zip(one, three, strict=True))
+    assert one[4][0].item() is flat
+
+
 def launches():
     """Every launcher with arguments for three images."""
     *eps, labels, foreground = predictions(3, 4, 13, 11, 2, 20)
     sums = csrc_triton.region_sums(*eps, labels, foreground, 20, 2)
     scale, weights = torch.full((3,), 7.5, device=DEVICE), torch.ones(3, 20, device=DEVICE)
     tokens, start = evidence(3, 7, 6, [2], 21), evidence(3, 7, 6, [2], 6, seed=1)
+    limits = ("foreground", 0.8, 3.0, 15.0, weights)
     return {
         "segment": (tokens, start, 7, 6, [2]),
         "region_sums": (*eps, labels, foreground, 20, 2),
         "guide": (*eps, labels, sums, scale, 2, "foreground", 0.8, 3.0, 15.0, weights),
+        "guide_evidence": (*eps, tokens, start, 7, 6, [2], scale, 2, *limits),
     }
 
 
@@ -221,7 +247,7 @@ def outputs(name, args):
     return out if isinstance(out, tuple) else (out,)
 
 
-@pytest.mark.parametrize("name", ["segment", "region_sums", "guide"])
+@pytest.mark.parametrize("name", ["segment", "region_sums", "guide", "guide_evidence"])
 def test_an_image_has_the_same_bits_alone_beside_a_broken_one_and_again(name):
     args = launches()[name]
     alone = outputs(name, map_tensors(args, lambda i, x: x[:1].contiguous()))
@@ -240,7 +266,7 @@ def test_an_image_has_the_same_bits_alone_beside_a_broken_one_and_again(name):
                 assert result.ge(0).all() and result.lt(20).all()  # labels stay indices
 
 
-@pytest.mark.parametrize("name", ["segment", "region_sums", "guide"])
+@pytest.mark.parametrize("name", ["segment", "region_sums", "guide", "guide_evidence"])
 def test_every_input_that_requires_grad_is_refused(name):
     args = launches()[name]
     for index in floating(args):

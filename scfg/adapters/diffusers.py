@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scfg.adapters.around import around
 from scfg.adapters.pipelines import MARK, attach_transformers, transformers_of
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided, find_regions
+from scfg.guidance import Guided
 from scfg.recording.phrases import phrase_weights
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
@@ -212,13 +212,7 @@ class _Attached:
         uncond, text = eps[:b], eps[b : 2 * b]
         if self.recording:
             evidence = self.recorder.finish()
-            regions = find_regions(
-                uncond=evidence.rows(0, b),
-                text=evidence.rows(b, 2 * b),
-                config=self.run.config,
-                backend=self.run.backend,
-            )
-            self.run.keep(regions)
+            self.run.keep_evidence(uncond=evidence.rows(0, b), text=evidence.rows(b, 2 * b))
         rate = self.run.guide(uncond, text, scale, self.token_weights).rate
         if self.observe:
             return prediction

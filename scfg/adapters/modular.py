@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided, find_regions
+from scfg.guidance import Guided
 from scfg.recording.layouts import find_layout
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
@@ -156,9 +156,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
                 raise RuntimeError(
                     "the U-Net must be called once for each branch; a call is missing"
                 )
-            config, backend = self._run.config, self._run.backend
-            regions = find_regions(uncond=uncond, text=text, config=config, backend=backend)
-            self._run.keep(regions)
+            self._run.keep_evidence(uncond=uncond, text=text)
         return self._run.guide(pred_uncond, pred_cond, scale, self._weights).eps
 
     def _leave_after_last_step(self) -> None:

@@ -96,7 +96,8 @@ class Predictor:
         else:
             eps_uncond, eps_text = (call(x, level, condition) for condition in (uncond, cond))
         if records:
-            self.run.keep(self.unet.regions(len(x)))
+            branches = self.unet.branches(len(x))
+            self.run.keep_evidence(uncond=branches["uncond"], text=branches["text"])
         if acts:
             guided = self.run.guide(eps_uncond, eps_text, self.guidance_scale, self.token_weights)
             if not self.observe:

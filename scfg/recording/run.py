@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided, Regions, guide_regions
+from scfg.evidence import Evidence
+from scfg.guidance import (
+    Guided,
+    Regions,
+    find_regions,
+    guide_evidence,
+    guide_regions,
+    unet_benchmark,
+)
 from scfg.recording.phrases import fit_weights
 from scfg.recording.recorder import AttentionRecorder
 
@@ -42,6 +50,7 @@ class Run:
     stop: float = 1.0
     every: int = 1
     _regions: Regions | None = field(default=None, init=False)
+    _branches: dict[str, Evidence] | None = field(default=None, init=False)
 
     def __post_init__(self):
         if not 0 <= self.start < self.stop <= 1:
@@ -73,7 +82,7 @@ class Run:
 
     def begin(self) -> None:
         """Begin a new run: regions of the one before are forgotten."""
-        self._regions = None
+        self._regions = self._branches = None
 
     def _window(self, steps: int) -> tuple[int, int]:
         """First step on which S-CFG acts, and first after it on which it does not.
@@ -105,7 +114,18 @@ class Run:
 
     def keep(self, regions: Regions) -> None:
         """Regions from now on."""
-        self._regions = regions
+        self._regions, self._branches = regions, None
+
+    def keep_evidence(self, uncond: Evidence, text: Evidence) -> None:
+        """Regions from now on are what two branches say.
+
+        Those of a U-Net are found by the next `guide` as it goes, in one operation.
+        """
+        if text.patches is None:
+            self._regions, self._branches = None, {"uncond": uncond, "text": text}
+        else:
+            config, backend = self.config, self.backend
+            self.keep(find_regions(uncond=uncond, text=text, config=config, backend=backend))
 
     def guide(
         self,
@@ -130,20 +150,34 @@ class Run:
             RuntimeError: No regions are kept.
             ValueError: Those that are kept belong to another batch or size.
         """
-        regions = self._regions
-        if regions is None:
+        if self._regions is None and self._branches is None:
             raise RuntimeError("no regions yet: the first step of a run must be recorded")
+        tokens = self._branches["text"].tokens if self._branches else self._regions.tokens
         if token_weights is not None:
-            token_weights = fit_weights(token_weights, len(eps_text), regions.tokens)
-        guided = guide_regions(
-            eps_uncond,
-            eps_text,
-            regions,
-            guidance_scale,
-            self.config,
-            self.backend,
-            token_weights,
-        )
+            token_weights = fit_weights(token_weights, len(eps_text), tokens)
+        if self._branches:
+            guided = guide_evidence(
+                eps_uncond,
+                eps_text,
+                uncond=self._branches["uncond"],
+                text=self._branches["text"],
+                guidance_scale=guidance_scale,
+                config=self.config,
+                backend=self.backend,
+                token_weights=token_weights,
+            )
+            found = (guided.labels, guided.foreground, tokens, guided.start_is_flat)
+            self.keep(Regions(*found, *unet_benchmark(self.config)))
+        else:
+            guided = guide_regions(
+                eps_uncond,
+                eps_text,
+                self._regions,
+                guidance_scale,
+                self.config,
+                self.backend,
+                token_weights,
+            )
         if self.callback is not None:
             self.callback(guided)
         return guided

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided, Regions, find_regions, guide_regions
+from scfg.guidance import Guided, Regions, find_regions, guide_evidence
 from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
 from scfg.recording.recorder import AttentionLayer, AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
@@ -137,8 +137,8 @@ class Recorder:
         """(f, h, w) of the patches of a transformer's last call; None for a U-Net."""
         return None if self.layout is None else self._recorder.grid
 
-    def regions(self, b: int) -> Regions:
-        """Regions of b images by what the call, or the two calls, for them recorded.
+    def branches(self, b: int) -> dict[str, Evidence]:
+        """What the call, or the two calls, for b images recorded, as ``uncond`` and ``text``.
 
         Raises:
             RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
@@ -152,7 +152,15 @@ class Recorder:
             raise RuntimeError(
                 f"guide needs one recorded call of {2 * b} rows or two of {b}, got {rows or 'none'}"
             )
-        branches = dict(zip(self.order, parts, strict=True))
+        return dict(zip(self.order, parts, strict=True))
+
+    def regions(self, b: int) -> Regions:
+        """Regions of b images by `branches`.
+
+        Raises:
+            RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
+        """
+        branches = self.branches(b)
         return find_regions(
             uncond=branches["uncond"],
             text=branches["text"],
@@ -185,14 +193,16 @@ class Recorder:
         if self.layout is not None:
             grid = self._recorder.grid
             eps_uncond, eps_text = (unpack(x, self.layout, grid) for x in (eps_uncond, eps_text))
-        guided = guide_regions(
+        branches = self.branches(len(like))
+        guided = guide_evidence(
             eps_uncond,
             eps_text,
-            self.regions(len(like)),
-            guidance_scale,
-            self.config,
-            self.backend,
-            token_weights,
+            uncond=branches["uncond"],
+            text=branches["text"],
+            guidance_scale=guidance_scale,
+            config=self.config,
+            backend=self.backend,
+            token_weights=token_weights,
         )
         if self.layout is None:
             return guided

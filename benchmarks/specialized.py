@@ -1,0 +1,69 @@
+"""The launches that host rules pick at the usual sizes, on device "meta", to compile without a GPU.
+
+Calling ``launcher(*arguments)`` inside `benchmarks.compiled.compiling` compiles exactly what a GPU
+would run: the host rule, the types and the alignment are the launcher's own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+import csrc_triton
+from benchmarks import cases
+
+# n, heads, d, t of the layers recorded by default: SD 1.5 at 512 and 1024, SD 2.1 at 768, SDXL at
+# 1024 and the embedded model; then layers for which no map is formed.
+LAYERS = (
+    (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77), (576, 20, 64, 77), (144, 20, 64, 77),
+    (1024, 20, 64, 77), (256, 2, 32, 16), (64, 2, 64, 16),
+)  # fmt: skip
+LARGE = ((16384, 8, 40, 77), (9216, 5, 64, 77))
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention(dtype):
+    for n, heads, d, t in LAYERS + LARGE:
+        pixels, tokens = (_meta(2, m, heads * d, dtype=dtype) for m in (n, t))
+        yield csrc_triton.attention_map, (pixels, tokens, heads)
+        if n > 4096:
+            yield csrc_triton.attention_apply, (pixels, pixels, _meta(2, n, t), heads)
+        else:
+            yield csrc_triton.attention_maps, (pixels, pixels, pixels, tokens, heads)
+
+
+def _evidence():
+    for n, t in dict.fromkeys((n, t) for n, _, _, t in LAYERS):
+        maps, weights, total = (_meta(2, n, n), _meta(2, n, t)), _meta(n), _meta(2, n, t + 1)
+        for propagation in ("paper", "none"):
+            yield csrc_triton.propagate, (*maps, propagation)
+            yield csrc_triton.complete, (*maps, weights, None, propagation)
+            yield csrc_triton.complete, (*maps, weights, total, propagation)
+
+
+def _guidance(dtype):
+    for shape in cases.SHAPES.values():
+        eps = _meta(2, *shape.latent, dtype=dtype)
+        t, factor, (h, w) = shape.tokens, shape.reduction, shape.grid(shape.reduction)
+        levels = [_meta(2, a * b, t + 1) for a, b in (shape.grid(r[0]) for r in shape.levels)]
+        factors = [level[0] // factor for level in shape.levels]
+        labels = _meta(2, h, w, dtype=torch.int64)
+        foreground, scales, weights = labels.to(torch.bool), _meta(2), _meta(2, t)
+        sums = _meta(2, csrc_triton.partials(eps[0, 0].numel()), t + 1, 2)
+        yield csrc_triton.segment, (levels, levels, h, w, factors)
+        yield csrc_triton.region_sums, (eps, eps, labels, foreground, t, factor)
+        image = ("image", 0.8, 3.0, None, weights)
+        for options in ((7.5, factor), (scales, factor, *image)):
+            yield csrc_triton.guide, (eps, eps, labels, sums, *options)
+            yield csrc_triton.guide_evidence, (eps, eps, levels, levels, h, w, factors, *options)
+
+
+def launches(skip: Sequence[str] = ()):
+    """Every launch as (launcher, arguments), but those with tensors of types to skip."""
+    yield from _evidence()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        if str(dtype).removeprefix("torch.") not in skip:
+            yield from _attention(dtype)
+            yield from _guidance(dtype)
