@@ -15,6 +15,6 @@ from scfg.guidance import Guided, cfg, semantic_cfg
 from scfg.models import unet
 from scfg.recording import UNetWrapper, guided
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Guided", "SCFGConfig", "UNetWrapper", "cfg", "guided", "sampling", "semantic_cfg"]
 sys.modules["scfg.unet"] = unet  # as os.path is: `from scfg.unet import UNet` works
