@@ -15,7 +15,7 @@ from scfg.guidance import Guided, cfg, semantic_cfg
 from scfg.models import unet
 from scfg.recording import Recorder, UNetWrapper, guided
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Guided",
     "Recorder",

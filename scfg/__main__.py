@@ -103,7 +103,9 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
         from scfg.drawing.page import page
         from scfg.drawing.panel import panel, strip
     except ImportError as error:
-        raise RuntimeError(f"{error.name} is missing: pip install 'scfg[generate]'") from error
+        raise RuntimeError(
+            f"{error.name} is missing: pip install 'semantic-cfg[generate]'"
+        ) from error
     if options.guidance_scale is None:
         options.guidance_scale = 2.5 if options.model is None else 7.5
     source, config = load(options)
@@ -148,7 +150,9 @@ def run_evaluate(options: argparse.Namespace) -> list[Path]:
     try:
         from scfg.evaluate.run import run
     except ImportError as error:
-        raise RuntimeError(f"{error.name} is missing: pip install 'scfg[evaluate]'") from error
+        raise RuntimeError(
+            f"{error.name} is missing: pip install 'semantic-cfg[evaluate]'"
+        ) from error
     return run(options)
 
 

@@ -36,7 +36,7 @@ def load(
         import diffusers
         import transformers  # noqa: F401
     except ImportError as error:
-        need = f"checkpoints need {error.name}: pip install 'scfg[diffusers]'"
+        need = f"checkpoints need {error.name}: pip install 'semantic-cfg[diffusers]'"
         raise RuntimeError(need) from error
     path = Path(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

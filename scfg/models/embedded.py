@@ -179,6 +179,6 @@ def _safetensors(module: str = ""):
         import safetensors.torch
     except ImportError as error:
         raise RuntimeError(
-            "the embedded model needs safetensors: pip install 'scfg[generate]'"
+            "the embedded model needs safetensors: pip install 'semantic-cfg[generate]'"
         ) from error
     return getattr(safetensors, module) if module else safetensors

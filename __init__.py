@@ -1,0 +1,10 @@
+"""Lets a clone of this repository be a folder of ComfyUI's ``custom_nodes``."""
+
+import sys
+from pathlib import Path
+
+if __package__:  # loaded as a pack of nodes, not found on the way by a test runner
+    sys.path.append(str(Path(__file__).parent))
+    from scfg.adapters.comfyui import comfy_entrypoint
+
+    __all__ = ["comfy_entrypoint"]
