@@ -21,10 +21,10 @@ from benchmarks.specialized import launches
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-TARGETS["gfx1100"] = GPUTarget("hip", "gfx1100", 32)
+# Not gfx1100: of all kernels attention_apply alone fails there, in an assertion of Triton 3.7.1.
 LIMITS = {  # bytes of shared memory a block may ask for
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
-    "sm_120": 101376, "gfx942": 65536, "gfx1100": 65536,
+    "sm_120": 101376, "gfx942": 65536,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ KERNELS = {
     for path in (ROOT / "csrc_triton").glob("*.py")
     for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
 }
-OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942", "gfx1100")
+OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")
 
 
 def start(*command):
