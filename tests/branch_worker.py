@@ -56,6 +56,7 @@ def main(rank, store, out):
             f"{name} {key}": getattr(guided, key).clone() for key in ("eps", "rate", "labels")
         }
     save_file({key: x.contiguous() for key, x in found.items()}, out)
+    dist.barrier()  # a rank that leaves first takes the other down
     dist.destroy_process_group()
 
 
