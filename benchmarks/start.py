@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from benchmarks import machine
 from scfg import ops, reference
 from scfg.config import SCFGConfig
-from scfg.models import shapes as scenes
-from scfg.models.embedded import PATCH, load_shapes_model, to_latents
+from scfg.models import emoji as scenes
+from scfg.models.embedded import PATCH, load_model, to_latents
 from scfg.models.unet import UNet, UNetConfig
 from scfg.recording.predictor import guided
 from scfg.recording.recorder import AttentionRecorder
@@ -110,7 +110,7 @@ def of_random(out):
 
 def of_embedded(out):
     """Shares of the embedded model's empty caption."""
-    model = load_shapes_model()
+    model = load_model()
     recorder = AttentionRecorder(model.unet, model.config, "torch")
     x = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     context = model.encode([""] * 4)
@@ -122,7 +122,7 @@ def of_embedded(out):
 @torch.no_grad()
 def of_judge(out):
     """The rule on the embedded model: a context of zeros beside its empty caption."""
-    model = load_shapes_model()
+    model = load_model()
     known = scenes.sample_scenes(64, np.random.default_rng(5))
     images, masks = scenes.render(known)
     truth = F.avg_pool2d(1 - masks[:, -1:].float(), PATCH)[:, 0] > 0.5  # (b, 16, 16)

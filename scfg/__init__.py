@@ -13,8 +13,17 @@ from scfg import sampling
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg, semantic_cfg
 from scfg.models import unet
-from scfg.recording import UNetWrapper, guided
+from scfg.recording import Recorder, UNetWrapper, guided
 
 __version__ = "0.1.0"
-__all__ = ["Guided", "SCFGConfig", "UNetWrapper", "cfg", "guided", "sampling", "semantic_cfg"]
+__all__ = [
+    "Guided",
+    "Recorder",
+    "SCFGConfig",
+    "UNetWrapper",
+    "cfg",
+    "guided",
+    "sampling",
+    "semantic_cfg",
+]
 sys.modules["scfg.unet"] = unet  # as os.path is: `from scfg.unet import UNet` works

@@ -13,7 +13,7 @@ import torch
 from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS, SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
-from scfg.models.embedded import load_shapes_model
+from scfg.models.embedded import load_model
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = command.add_argument
-    add("prompt", help='for example "a red circle and a blue square on a green background"')
+    add("prompt", help='for example "a penguin and a guitar on a blue background"')
     add("--out", type=Path, default=Path("out.png"), help="the PNG to write")
     add("--seed", type=int, default=0, help="of the first image; image k has seed + k")
     add("--count", type=_positive, default=1, help="number of images, one row each")
@@ -165,7 +165,7 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
 
         source, config = partial(draw_with, checkpoints.load(options.model)), SCFGConfig()
     else:
-        model = load_shapes_model(device="cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(device="cuda" if torch.cuda.is_available() else "cpu")
         model.tokenizer.tokens(options.prompt)
         source, config = partial(draw, model), model.config
     return source, replace(config, propagation=options.propagation)

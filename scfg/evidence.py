@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scfg import ops, reference
 from scfg.config import SCFGConfig
+from scfg.patches import Patches
 
 MAP_BUDGET = 2**28  # bytes of one self-attention map; above it the map is applied, never formed
 
@@ -21,10 +22,12 @@ class Evidence:
         levels: By reduction, evidence (b, n, t+1) as `scfg.reference.complete` returns it: the sum
             over layers so far, ``{4: [sum], 8: [sum]}``, or with ``layers_per_level=2`` one tensor
             for each last layer, ``{4: [layer, layer], 8: [layer, layer]}``.
+        patches: Of a transformer: its grid and words. It has one level, 1, and size counts patches.
     """
 
     size: tuple[int, int]
     levels: dict[int, list[Tensor]] = field(default_factory=dict)
+    patches: Patches | None = None
 
     @property
     def reductions(self) -> list[int]:
@@ -34,6 +37,8 @@ class Evidence:
     @property
     def tokens(self) -> int:
         """Tokens of the text, t."""
+        if self.patches is not None:
+            return self.patches.text
         return self.levels[self.reductions[0]][0].shape[-1] - 1
 
     def total(self, reduction: int) -> Tensor:
@@ -44,12 +49,13 @@ class Evidence:
     def rows(self, begin: int, end: int) -> "Evidence":
         """The evidence of a part of the batch."""
         levels = {r: [x[begin:end] for x in layers] for r, layers in self.levels.items()}
-        return Evidence(self.size, levels)
+        patches = None if self.patches is None else self.patches.rows(begin, end)
+        return Evidence(self.size, levels, patches)
 
     def to(self, device: torch.device) -> "Evidence":
         """The evidence on a device."""
         levels = {r: [x.to(device) for x in layers] for r, layers in self.levels.items()}
-        return Evidence(self.size, levels)
+        return Evidence(self.size, levels, self.patches)
 
 
 def map_grid(size: tuple[int, int], reduction: int) -> tuple[int, int]:
@@ -156,3 +162,39 @@ def fold_columns(
     """Add one layer, whose token columns (b, n, t) are propagated already, to its level."""
     complete = dataclasses.replace(config, propagation="none")
     fold(evidence, reduction, None, columns, weights, complete, backend)
+
+
+def fold_maps(
+    eps: Tensor,
+    self_maps: list[Tensor],
+    cross_maps: list[Tensor],
+    config: SCFGConfig,
+    backend: str,
+) -> Evidence:
+    """Evidence, of 2b rows, of given maps."""
+    b, size = eps.shape[0], tuple(eps.shape[-2:])
+    evidence = Evidence(size)
+    weights = level_weights(size, config, eps.device)
+    powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
+    for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
+        ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
+        n, t = cross_map.shape[1:]
+        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, n, n)
+        if t != cross_maps[0].shape[2]:
+            raise ValueError(
+                f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"
+            )
+        reduction = find_reduction(size, n, config.reductions)
+        if reduction is not None:
+            fold(evidence, reduction, self_map, cross_map, weights[reduction], config, backend)
+        elif find_reduction(size, n, powers) is None:
+            raise ValueError(
+                f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "
+                f"(H, W) = {size}, got {n}"
+            )
+    if not evidence.levels:
+        raise ValueError(
+            f"self_maps must hold a layer at one of the reductions {config.reductions} of a latent "
+            f"of size {size}, got n = {[m.shape[1] for m in self_maps]}"
+        )
+    return evidence

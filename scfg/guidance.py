@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from scfg import ops
 from scfg.config import SCFGConfig
-from scfg.evidence import Evidence, find_reduction, fold, level_weights, map_grid
+from scfg.evidence import Evidence, fold_maps, map_grid
+from scfg.patches import benchmark_rule, needs_uncond, own_patches
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,17 +18,21 @@ class Regions:
     """Steps 1 and 2 of the method: which token owns each patch of b images.
 
     Attributes:
-        labels: (b, h, w) int64 in [0, tokens), token that owns each patch.
-        foreground: (b, h, w) bool.
+        labels: (b, h, w) int64 in [0, tokens), token that owns each patch; (b, f, h, w) of a clip.
+        foreground: The same shape, bool.
         tokens: t.
         start_is_flat: (b,) bool, whether the branch that should mark the foreground has no START
             (see `scfg.reference.start_is_flat`), so that the text's START marked it.
+        benchmark: What rates are relative to, see `scfg.reference.region_rates`; None: config's.
+        rule: How the benchmark region was found, in words.
     """
 
     labels: Tensor
     foreground: Tensor
     tokens: int
     start_is_flat: Tensor
+    benchmark: str | None = None
+    rule: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,9 @@ class Guided:
         labels: (b, h, w) int64, token that owns each patch.
         foreground: (b, h, w) bool.
         start_is_flat: (b,) bool, see `Regions`.
+        rule: How the region with rate 1 was found, in words.
+
+    A clip of f frames has (b, c, f, H, W), (b, 1, f, H, W) and (b, f, h, w).
     """
 
     eps: Tensor
@@ -46,6 +55,7 @@ class Guided:
     labels: Tensor
     foreground: Tensor
     start_is_flat: Tensor
+    rule: str = ""
 
 
 def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> Tensor:
@@ -91,12 +101,13 @@ def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) ->
 
 
 def find_regions(
-    *, uncond: Evidence, text: Evidence, config: SCFGConfig, backend: str = "auto"
+    *, uncond: Evidence | None, text: Evidence, config: SCFGConfig, backend: str = "auto"
 ) -> Regions:
-    """Regions from what the U-Net said in its two branches.
+    """Regions from what the network said in its two branches.
 
     Args:
-        uncond: Evidence of the unconditional branch, b rows.
+        uncond: Evidence of the unconditional branch, b rows; None where it is not needed (see
+            `scfg.patches.needs_uncond`).
         text: Evidence of the text branch, b rows.
         config: Its foreground says whose START counts.
         backend: See `scfg.ops`.
@@ -106,8 +117,13 @@ def find_regions(
 
     Raises:
         RuntimeError: The branches do not have the same levels.
-        ValueError: A branch has one token only, which is START: no region could have a word.
+        ValueError: benchmark is "foreground" and the text has no START, or a U-Net's branch has one
+            token only, which is START: no region could have a word.
     """
+    if text.patches is not None:
+        return _patch_regions(uncond, text, config, backend)
+    if uncond is None:
+        raise RuntimeError("a U-Net's unconditional branch must be recorded too, got None")
     for name, branch in (("uncond", uncond), ("text", text)):
         if branch.tokens < 2:
             raise ValueError(f"{name} must have START and another token, got {branch.tokens} token")
@@ -121,7 +137,29 @@ def find_regions(
     factors = [r // config.map_reduction for r in text.reductions]
     h, w = map_grid(text.size, config.map_reduction)
     labels, foreground, flat = ops.segment(tokens, start, h, w, factors, backend)
-    return Regions(labels, foreground, text.tokens, flat)
+    benchmark = "image" if config.benchmark == "image" else "foreground"
+    branch = "text" if config.foreground == "cond" else "unconditional"
+    rule = "image" if benchmark == "image" else f"START of the {branch} branch"
+    return Regions(labels, foreground, text.tokens, flat, benchmark, rule)
+
+
+def _patch_regions(
+    uncond: Evidence | None, text: Evidence, config: SCFGConfig, backend: str
+) -> Regions:
+    """`find_regions` of a transformer, see `own_patches`."""
+    patches, front = text.patches, None
+    if config.benchmark == "foreground":
+        if not patches.start:
+            raise ValueError(
+                "benchmark 'foreground' needs text columns that know nothing of the prompt, and "
+                "for this model none is known; take 'image' or 'auto'"
+            )
+        branch = uncond if needs_uncond(config) else text
+        if branch is None or branch.patches is None or branch.patches.grid != patches.grid:
+            raise RuntimeError("both branches must be recorded alike, the unconditional one is not")
+        front = branch.total(1)
+    labels, foreground, flat = own_patches(text.total(1), patches, front, config, backend)
+    return Regions(labels, foreground, patches.text, flat, "foreground", benchmark_rule(config))
 
 
 def guide_regions(
@@ -136,8 +174,8 @@ def guide_regions(
     """Steps 3 and 4 of the method: rates of given regions, and the guided prediction.
 
     Args:
-        eps_uncond: (b, c, H, W).
-        eps_text: (b, c, H, W).
+        eps_uncond: (b, c, H, W), or (b, c, f, H, W).
+        eps_text: The same shape.
         regions: Of the same images; how many latent pixels a patch has follows from their size.
         guidance_scale: Float or (b,) tensor, > 0.
         config: Its benchmark, rate_min, rate_max and max_scale are used.
@@ -151,38 +189,65 @@ def guide_regions(
         ValueError: The regions are those of another batch or size.
     """
     factor = _pixels_per_patch(eps_text, regions.labels)
+    scale = as_scale(guidance_scale, eps_text)
     if token_weights is not None:
         token_weights = token_weights.to(eps_text.device, torch.float32)
         token_weights = token_weights.expand(eps_text.shape[0], -1)
+    frames = eps_text.shape[2] if eps_text.dim() == 5 else 1
+    labels, foreground = regions.labels, regions.foreground
+    if eps_text.dim() == 5:  # each frame by itself, but for the sums
+        eps_uncond, eps_text = (
+            rearrange(x, "b c f h w -> (b f) c h w") for x in (eps_uncond, eps_text)
+        )
+        labels, foreground = (x.flatten(0, 1) for x in (labels, foreground))
     sums = ops.region_sums(
         eps_uncond,
         eps_text,
-        regions.labels,
-        regions.foreground,
+        labels,
+        foreground,
         tokens=regions.tokens,
         factor=factor,
         backend=backend,
     )
+    if frames > 1:  # one rate for each region of the clip
+        clip = rearrange(sums, "(b f) p t k -> b (f p) t k", f=frames)
+        sums = clip.repeat_interleave(frames, dim=0)
+        scale = scale.repeat_interleave(frames)
+        if token_weights is not None:
+            token_weights = token_weights.repeat_interleave(frames, dim=0)
     eps, rate = ops.guide(
         eps_uncond,
         eps_text,
-        regions.labels,
+        labels,
         sums,
-        as_scale(guidance_scale, eps_text),
+        scale,
         factor=factor,
-        benchmark=config.benchmark,
+        benchmark=regions.benchmark or ("image" if config.benchmark == "image" else "foreground"),
         rate_min=config.rate_min,
         rate_max=config.rate_max,
         max_scale=config.max_scale,
         token_weights=token_weights,
         backend=backend,
     )
-    return Guided(eps, rate, regions.labels, regions.foreground, regions.start_is_flat)
+    if regions.labels.dim() == 4:
+        eps, rate = (rearrange(x, "(b f) c h w -> b c f h w", f=frames) for x in (eps, rate))
+    return Guided(
+        eps, rate, regions.labels, regions.foreground, regions.start_is_flat, regions.rule
+    )
 
 
 def _pixels_per_patch(eps: Tensor, labels: Tensor) -> int:
     """Latent pixels along each axis of a patch of the label grid: a power of two."""
     size, grid = tuple(eps.shape[-2:]), tuple(labels.shape[-2:])
+    if (
+        eps.dim() != labels.dim() + 1
+        or eps.shape[0] != len(labels)
+        or (eps.dim() == 5 and eps.shape[2] != labels.shape[1])
+    ):
+        raise ValueError(
+            f"regions must be of the same images as predictions of shape {tuple(eps.shape)}, got "
+            f"labels of shape {tuple(labels.shape)}"
+        )
     factor = 1
     while factor < 2 * max(size):
         if map_grid(size, factor) == grid:
@@ -238,46 +303,10 @@ def semantic_cfg(
         )
     ops.check_predictions(eps_uncond, eps_text)
     b = eps_text.shape[0]
-    both = _fold_maps(eps_text, self_maps, cross_maps, config, backend)
+    both = fold_maps(eps_text, self_maps, cross_maps, config, backend)
     regions = find_regions(
         uncond=both.rows(0, b), text=both.rows(b, 2 * b), config=config, backend=backend
     )
     return guide_regions(
         eps_uncond, eps_text, regions, guidance_scale, config, backend, token_weights
     )
-
-
-def _fold_maps(
-    eps: Tensor,
-    self_maps: list[Tensor],
-    cross_maps: list[Tensor],
-    config: SCFGConfig,
-    backend: str,
-) -> Evidence:
-    """Evidence, of 2b rows, of given maps."""
-    b, size = eps.shape[0], tuple(eps.shape[-2:])
-    evidence = Evidence(size)
-    weights = level_weights(size, config, eps.device)
-    powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
-    for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
-        ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
-        n, t = cross_map.shape[1:]
-        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, n, n)
-        if t != cross_maps[0].shape[2]:
-            raise ValueError(
-                f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"
-            )
-        reduction = find_reduction(size, n, config.reductions)
-        if reduction is not None:
-            fold(evidence, reduction, self_map, cross_map, weights[reduction], config, backend)
-        elif find_reduction(size, n, powers) is None:
-            raise ValueError(
-                f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "
-                f"(H, W) = {size}, got {n}"
-            )
-    if not evidence.levels:
-        raise ValueError(
-            f"self_maps must hold a layer at one of the reductions {config.reductions} of a latent "
-            f"of size {size}, got n = {[m.shape[1] for m in self_maps]}"
-        )
-    return evidence

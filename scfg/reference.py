@@ -91,6 +91,70 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
     return torch.cat([attention_map(tile, k, heads) @ _wide(columns) for tile in tiles], dim=1)
 
 
+def linear_attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """Linear attention as a map, averaged over heads.
+
+    ``A = (1/g) sum_g relu(q_g) relu(k_g)^T / row sum``; a row without any overlap is zero.
+
+    Args:
+        q: (b, n, g*d).
+        k: (b, m, g*d).
+        heads: g.
+
+    Returns:
+        (b, n, m) in the accumulation type, >= 0; rows sum to 1.
+
+    Source: none in the paper. What Sana's self-attention (arXiv 2410.10629) multiplies its values
+    by, one head's rows each divided by their sum.
+    """
+    q, k = (rearrange(_wide(x).relu(), "b n (g d) -> b g n d", g=heads) for x in (q, k))
+    scores = q @ k.mT  # (b, g, n, m)
+    return (scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-15)).mean(dim=1)
+
+
+def split_joint(joint_map: Tensor, text: int, joint: str = "renormalise") -> tuple[Tensor, Tensor]:
+    """Self and cross map of image patches whose softmax runs over text and image keys at once.
+
+    ``C = J[:, :text]`` as it is; ``S = J[:, text:]``, divided by its row sums if ``joint`` is
+    ``"renormalise"``.
+
+    Args:
+        joint_map: (b, n, text+n) head-mean probabilities of the image patches, text keys first.
+        text: t, the number of text keys.
+        joint: ``"renormalise"``: a walk from patch to patch goes on whatever a patch reads of the
+            text, as in a U-Net, where the two maps are apart. ``"raw"``: S^p C fades with the share
+            of text that patches read.
+
+    Returns:
+        S (b, n, n), C (b, n, t), in the accumulation type.
+
+    Source: none in the paper. ``"raw"`` is what the code does for DeepFloyd IF; C is left raw
+    because that was best in Seg4Diff's comparison (arXiv 2509.18096).
+    """
+    cross_map, self_map = _wide(joint_map).split((text, joint_map.shape[-1] - text), dim=-1)
+    if joint == "renormalise":
+        self_map = self_map / self_map.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+    return self_map, cross_map
+
+
+def group_columns(cross_map: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sum of the columns of each group: pieces and copies of a word are one token.
+
+    Exact before `propagate` as after it, for columns do not depend on each other.
+
+    Args:
+        cross_map: (b, n, t).
+        groups: (b, t) int64 in [0, count), the group of each column.
+        count: Number of groups.
+
+    Returns:
+        (b, n, count) in the accumulation type. Source: none, bookkeeping.
+    """
+    cross_map = _wide(cross_map)
+    total = cross_map.new_zeros(*cross_map.shape[:2], count)
+    return total.scatter_add(-1, groups[:, None, :].expand_as(cross_map), cross_map)
+
+
 def power_weights(propagation: str, steps: int) -> tuple[float, ...]:
     """Weight of S^p C, p = 1, 2, ..., in `propagate`; empty for ``"none"``."""
     return {"paper": (1 / steps,) * steps, "official": (1 / 4, 3 / 4), "none": ()}[propagation]

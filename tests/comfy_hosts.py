@@ -164,10 +164,10 @@ def check(model, expected_calls, fold=None, **call):
     patched, guide = guided(model)
     result = run(patched, steps=1, **call)
     goal = model.model.process_latent_out(expected.eps)
-    assert_close(actual=result, expected=goal, atol=1e-4, rtol=1e-4)
+    assert_close(actual=result, expected=goal, share=1e-4)
     labels = expected.labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
     assert guide.history[0].labels.equal(labels)
-    assert_close(actual=guide.history[0].rate, expected=expected.rate, atol=1e-5)
+    assert_close(actual=guide.history[0].rate, expected=expected.rate, share=1e-5)
     return guide
 
 

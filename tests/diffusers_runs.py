@@ -56,7 +56,7 @@ def check_by_hand(pipe, guidance_scale=6.0, **call):
     assert len(raw) == len(stepped) > 1
     for (output, layers), eps in zip(raw, stepped, strict=True):
         expected = by_hand(output, layers, guidance_scale).eps
-        assert_close(actual=eps, expected=expected, atol=1e-4, what="prediction")
+        assert_close(actual=eps, expected=expected, share=1e-4, what="prediction")
     return result, len(raw)
 
 

@@ -8,6 +8,7 @@ import torch
 from scfg.evaluate.draw import Point
 from scfg.evaluate.run import one_of_all, share
 from scfg.evaluate.work import Plan
+from scfg.models import shapes
 from scfg.models.embedded import ModelConfig
 from scfg.models.unet import UNetConfig
 
@@ -21,7 +22,7 @@ UNET = UNetConfig(
     cross_attention_dim=32,
     norm_groups=8,
 )
-TINY = ModelConfig(UNET, text_layers=1, text_heads=2)
+TINY = ModelConfig(UNET, 1, 2, words=shapes.WORDS, length=shapes.LENGTH)
 
 METHODS = ("cfg", "scfg", "scfg_none", "samg")
 PLAN = Plan(

@@ -159,9 +159,9 @@ def test_generated_images_are_those_of_the_pipeline(make, tmp_path):
         call |= dict(negative_prompt=NEGATIVE, generator=generator, output_type="pt")
         return pipe(PROMPT, **call).images * 2 - 1
 
-    assert_close(actual=plain.images, expected=direct(), atol=1e-6)
+    assert_close(actual=plain.images, expected=direct(), share=1e-6)
     with attach(pipe):
-        assert_close(actual=result.images, expected=direct(), atol=1e-6)
+        assert_close(actual=result.images, expected=direct(), share=1e-6)
     assert result.images.shape == (1, 3, 128, 192) and result.trace == ()
 
 
@@ -183,7 +183,7 @@ def test_trace_holds_what_guidance_did_and_changes_nothing(saved, method, sample
     assert first.labels.shape == first.foreground.shape == (2, 4, 6)
     assert first.rate.shape == (2, 16, 24) and first.x0.shape == (2, 3, 85, 128)
     alone = generate_with(pipe, prompts[1:], seeds[1:], **options)
-    assert_close(actual=alone.images, expected=result.images[1:], atol=1e-3)
+    assert_close(actual=alone.images, expected=result.images[1:], share=1e-3)
 
 
 def test_last_x0_of_ddim_is_the_image(saved):

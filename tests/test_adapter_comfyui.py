@@ -76,7 +76,7 @@ def test_repeated_tokens_count_once_and_every_start_is_start(model):
 def test_rate_of_1_is_the_hosts_own_guidance_which_is_left_as_found(model, sampler):
     plain = run(model, sampler=sampler)
     one, _ = guided(model, PLAIN)
-    assert_close(actual=run(one, sampler=sampler), expected=plain, atol=1e-5, rtol=1e-5)
+    assert_close(actual=run(one, sampler=sampler), expected=plain, share=1e-5)
     patched, guide = guided(model)
     assert (run(patched, sampler=sampler) - plain).abs().max() > 1e-2
     assert len(guide.history) == (3 if sampler == "heun" else 2)
@@ -95,7 +95,7 @@ def test_each_area_has_the_regions_of_its_prompt(model):
     assert (labels < 154).all()
     one, _ = guided(model, PLAIN)
     plain = run(model, positive=prompts)
-    assert_close(actual=run(one, positive=prompts), expected=plain, atol=1e-5, rtol=1e-5)
+    assert_close(actual=run(one, positive=prompts), expected=plain, share=1e-5)
 
 
 def test_each_mask_has_the_regions_of_its_prompt(model):
@@ -137,7 +137,7 @@ def test_other_patches_of_attention_and_guidance_are_kept(model):
     other.set_model_sampler_cfg_function(rescale)
     plain = run(other)
     one, _ = guided(other, PLAIN)
-    assert_close(actual=run(one), expected=plain, atol=1e-5, rtol=1e-5)
+    assert_close(actual=run(one), expected=plain, share=1e-5)
     patched, guide = guided(other)
     assert (run(patched) - plain).abs().max() > 1e-2
 
@@ -212,7 +212,7 @@ def test_phrases_are_found_in_chunks_and_weighted(model):
     plain, weighted = guided(model), guided(model, token_weights=weights)
     run(plain[0], steps=1), run(weighted[0], steps=1)
     rates = plain[1].history[0].rate, weighted[1].history[0].rate
-    assert_close(actual=rates[1], expected=1.5 * rates[0], rtol=1e-6)
+    assert_close(actual=rates[1], expected=1.5 * rates[0], share=1e-6)
 
 
 def test_nodes_guide_and_show():

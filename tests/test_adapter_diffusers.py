@@ -113,13 +113,13 @@ def test_scheduler_gets_what_semantic_cfg_makes_by_hand_and_the_pipeline_is_left
     assert len(seen) == len(raw) == len(stepped) >= 2
     for (output, layers), eps, out in zip(raw, stepped, seen, strict=True):
         expected = by_hand(output, layers, 6.0)
-        assert_close(actual=eps, expected=expected.eps, atol=1e-4, what="prediction")
-        assert_close(actual=out.rate, expected=expected.rate, atol=1e-5, what="rate")
+        assert_close(actual=eps, expected=expected.eps, share=1e-4, what="prediction")
+        assert_close(actual=out.rate, expected=expected.rate, share=1e-5, what="rate")
         assert out.labels.equal(expected.labels) and out.foreground.equal(expected.foreground)
     assert (guided - plain).abs().max() > 1e-3
     assert run(pipe, **call).equal(plain)
     with attach(pipe, config=PLAIN):
-        assert_close(actual=run(pipe, **call), expected=plain, rtol=1e-5, atol=1e-5)
+        assert_close(actual=run(pipe, **call), expected=plain, share=1e-5)
     assert run(pipe, **call).equal(plain)
 
 
@@ -131,7 +131,7 @@ def test_every_scheduler_steps_with_the_guided_prediction(name, folder):
     _, calls = check_by_hand(pipe, steps=3)
     assert calls == (5 if name == "heun" else 3)
     with attach(pipe, config=PLAIN):
-        assert_close(actual=run(pipe, steps=3), expected=plain, rtol=1e-5, atol=1e-5)
+        assert_close(actual=run(pipe, steps=3), expected=plain, share=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_guidance_rescale_is_the_pipelines_own(guidance_scale, folder):
     for (output, layers), eps in zip(raw, stepped, strict=True):
         guided = by_hand(output, layers, guidance_scale).eps
         expected = rescale(guided, output.chunk(2)[1], 0.7)
-        assert_close(actual=eps, expected=expected, atol=1e-4, what="rescaled prediction")
+        assert_close(actual=eps, expected=expected, share=1e-4, what="rescaled prediction")
 
 
 def test_perturbed_attention_guidance_is_added_to_the_guided_prediction(folder):
@@ -180,7 +180,7 @@ def test_perturbed_attention_guidance_is_added_to_the_guided_prediction(folder):
     for (output, layers), eps in zip(raw, stepped, strict=True):
         _, text, worse = output.chunk(3)
         expected = by_hand(output, layers, 6.0, b=1).eps + 2.0 * (text - worse)
-        assert_close(actual=eps, expected=expected, atol=1e-4, what="prediction")
+        assert_close(actual=eps, expected=expected, share=1e-4, what="prediction")
 
 
 def run_deepfloyd(pipe, **call):
@@ -209,8 +209,8 @@ def test_deepfloyd_is_guided_at_the_scale_given_and_keeps_its_variance(stage):
     for (output, layers), stepped_with in zip(raw, stepped, strict=True):
         expected = by_hand(output, layers, 5.0, channels=3).eps
         eps, variance = stepped_with.split(3, dim=1)
-        assert_close(actual=eps, expected=expected, atol=1e-4, what="prediction")
+        assert_close(actual=eps, expected=expected, share=1e-4, what="prediction")
         assert variance.equal(output[1:, 3:])
     with attach(pipe, guidance_scale=5.0, config=PLAIN):
-        assert_close(actual=run_deepfloyd(pipe, **call), expected=plain, atol=1e-5)
+        assert_close(actual=run_deepfloyd(pipe, **call), expected=plain, share=1e-5)
     assert run_deepfloyd(pipe, **call).equal(plain)

@@ -123,11 +123,11 @@ def test_samplers_give_what_semantic_cfg_gives_by_hand_and_plain_guidance_at_rat
     assert len(seen) == len(expected) >= 3
     for out, by in zip(seen, expected, strict=True):
         assert out.labels.equal(by.labels)
-    assert_close(actual=actual, expected=by_hands, atol=1e-4)
+    assert_close(actual=actual, expected=by_hands, share=1e-4)
     ordinary = sample(name, plain(model, 7.5), x, sigmas, extra)
     with denoiser(model, 7.5, config=PLAIN) as guided:
         one = sample(name, guided, x, sigmas, extra)
-    assert_close(actual=one, expected=ordinary, atol=1e-5, rtol=1e-5)
+    assert_close(actual=one, expected=ordinary, share=1e-5)
     assert (actual - ordinary).abs().max() > 1e-2
     assert sample(name, plain(model, 7.5), x, sigmas, extra).equal(ordinary)
 
@@ -157,7 +157,7 @@ def test_rates_do_not_depend_on_the_space_of_the_prediction(kind, sigma):
     with denoiser(raw, unet=model, callback=seen.append) as guided:
         guided(x / 15 * sigma, level, **extra)
     assert seen[0].labels.equal(seen[1].labels)
-    assert_close(actual=seen[0].rate, expected=seen[1].rate, atol=1e-4)
+    assert_close(actual=seen[0].rate, expected=seen[1].rate, share=1e-4)
 
 
 def test_conditions_of_different_length_are_two_calls():
@@ -176,7 +176,7 @@ def test_conditions_of_different_length_are_two_calls():
     (u, uncond), (c, text) = parts
     regions = find_regions(uncond=uncond, text=text, config=CONFIG)
     out = guide_regions(u, c, regions, 7.5, CONFIG)
-    assert_close(actual=actual, expected=out.eps, atol=1e-4)
+    assert_close(actual=actual, expected=out.eps, share=1e-4)
     assert seen[0].labels.equal(out.labels) and seen[0].labels.max() < 11
 
 
@@ -194,7 +194,7 @@ def test_window_and_every_go_by_noise_level_not_by_call():
         for i, level in enumerate(sigmas[:-1]):
             sigma = level[None]
             out = guided(x / (i + 1), sigma, **extra)
-            assert_close(actual=out, expected=predict(x / (i + 1), sigma, **extra), atol=1e-4)
+            assert_close(actual=out, expected=predict(x / (i + 1), sigma, **extra), share=1e-4)
     predict.remove()
 
 
@@ -218,7 +218,7 @@ def test_tokens_are_weighted():
         guided(x, sigmas[:1], **extra)
     with denoiser(model, callback=seen.append, token_weights=weights) as guided:
         guided(x, sigmas[:1], **extra)
-    assert_close(actual=seen[1].rate, expected=2 * seen[0].rate, rtol=1e-6)
+    assert_close(actual=seen[1].rate, expected=2 * seen[0].rate, share=1e-6)
 
 
 def test_model_is_left_as_found_after_errors_and_errors_name_the_argument():

@@ -66,7 +66,7 @@ def test_scheduler_gets_what_semantic_cfg_makes_by_hand(pipe, rescale):
     for step, eps in enumerate(stepped):
         expected, text = by_hand(raw, step)
         goal = rescale_noise_cfg(expected.eps, text, rescale) if rescale else expected.eps
-        assert_close(actual=eps, expected=goal, atol=1e-4, what="prediction")
+        assert_close(actual=eps, expected=goal, share=1e-4, what="prediction")
         assert seen[step].labels.equal(expected.labels)
     assert hooks(pipe) == 0
 
@@ -76,17 +76,17 @@ def test_guider_agrees_with_the_classic_pipeline(pipe):
     with attach(classic):
         expected = latents(classic, steps=3)
     guided = run(pipe, SemanticGuidance(guidance_scale=6.0))
-    assert_close(actual=guided, expected=expected, atol=1e-4, rtol=1e-4)
+    assert_close(actual=guided, expected=expected, share=1e-4)
 
 
 def test_rate_of_1_is_the_hosts_own_guidance_which_is_left_as_found(pipe):
     plain = run(pipe, ClassifierFreeGuidance(guidance_scale=6.0))
     one = run(pipe, SemanticGuidance(guidance_scale=6.0, scfg_config=PLAIN))
-    assert_close(actual=one, expected=plain, atol=1e-5, rtol=1e-5)
+    assert_close(actual=one, expected=plain, share=1e-5)
     assert (run(pipe, SemanticGuidance(guidance_scale=6.0)) - plain).abs().max() > 1e-2
     assert run(pipe, ClassifierFreeGuidance(guidance_scale=6.0)).equal(plain)
     original = SemanticGuidance(5.0, use_original_formulation=True, scfg_config=PLAIN)
-    assert_close(actual=run(pipe, original), expected=plain, atol=1e-4, rtol=1e-4)
+    assert_close(actual=run(pipe, original), expected=plain, share=1e-4)
 
 
 def test_outside_the_window_only_the_text_pass_runs(pipe):
@@ -107,7 +107,7 @@ def test_regions_are_kept_between_searches(pipe):
     run(pipe, guider, steps=4)
     for step in range(4):
         expected, _ = by_hand(raw, step, maps_of=step - step % 2)
-        assert_close(actual=stepped[step], expected=expected.eps, atol=1e-4)
+        assert_close(actual=stepped[step], expected=expected.eps, share=1e-4)
     again = seen.copy()
     seen.clear()
     run(pipe, guider, steps=4)
@@ -123,7 +123,7 @@ def test_tokens_are_weighted(pipe, as_list):
     end()
     table = torch.cat([weights, torch.ones(17)])
     expected, _ = by_hand(raw, 0, token_weights=table)
-    assert_close(actual=stepped[0], expected=expected.eps, atol=1e-4)
+    assert_close(actual=stepped[0], expected=expected.eps, share=1e-4)
     assert not torch.allclose(expected.rate, by_hand(raw, 0)[0].rate)
 
 

@@ -54,7 +54,7 @@ def test_the_released_algorithm_reproduces_the_golden_files(golden_path):
     eps = released.combine(
         golden.eps_uncond, golden.eps_text, *maps, golden.guidance_scale, golden.reduction
     )
-    assert_close(actual=eps, expected=golden.expected["official_eps"], atol=1e-4)
+    assert_close(actual=eps, expected=golden.expected["official_eps"], share=1e-4)
 
 
 def test_the_released_attention_is_the_fused_one():
@@ -64,7 +64,7 @@ def test_the_released_attention_is_the_fused_one():
     other = methods.twin(net)
     recorded = released.Released(other)
     recorded.start(16 * 16)
-    assert_close(actual=other(*arguments), expected=expected, atol=1e-5)
+    assert_close(actual=other(*arguments), expected=expected, share=1e-5)
     sizes = [m.shape[-1] for m in recorded.self_maps]
     assert sizes == [64, 16, 4, 16, 16, 64, 64]  # all layers but those of the full resolution
     recorded.combine(*expected.chunk(2), 7.5)
@@ -132,7 +132,7 @@ def test_ceilings_are_measured():
     assert torch.get_float32_matmul_precision() == "highest"
     run, count = gpu_timing.exponentials(DEVICE, 1024, repeats=3)
     x = torch.arange(1024.0) * 1e-9
-    assert_close(actual=run(), expected=(-(-(-x).exp()).exp()).exp(), atol=1e-6)
+    assert_close(actual=run(), expected=(-(-(-x).exp()).exp()).exp(), share=1e-6)
     assert count == 3 * 1024
 
 

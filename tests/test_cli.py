@@ -14,7 +14,15 @@ from tiny import generate, tiny_model
 from scfg import __main__ as cli
 from scfg.drawing.generate import Request, draw
 from scfg.drawing.panel import GAP, MARGIN, SIDE, panel
-from scfg.drawing.picture import CELL, NO_WORD, draw_regions, rate_range, viridis, word_colours
+from scfg.drawing.picture import (
+    CELL,
+    NO_WORD,
+    draw_regions,
+    phrase_colours,
+    phrases,
+    rate_range,
+    viridis,
+)
 from scfg.models.embedded import WEIGHTS
 
 PROMPT = "a striped red circle on a green background"
@@ -28,7 +36,7 @@ def model():
 @pytest.fixture
 def run(model, monkeypatch, tmp_path):
     """Run `scfg generate` in an empty folder, for three steps."""
-    monkeypatch.setattr(cli, "load_shapes_model", lambda device: model)
+    monkeypatch.setattr(cli, "load_model", lambda device: model)
     monkeypatch.chdir(tmp_path)
 
     def run(*options, prompt=PROMPT):
@@ -178,7 +186,8 @@ def test_an_empty_prompt_is_drawn_without_words(run):
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not there")
 def test_the_module_runs_on_its_own_weights(tmp_path):
-    command = [sys.executable, "-m", "scfg", "generate", PROMPT, "--steps", "2", "--out", "a.png"]
+    prompt = "a penguin and a guitar on a blue background"
+    command = [sys.executable, "-m", "scfg", "generate", prompt, "--steps", "2", "--out", "a.png"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -194,28 +203,30 @@ def test_the_module_reports_errors_to_the_shell(tmp_path):
     assert done.stderr.startswith("scfg generate: error: nowhere must be a file or a folder")
 
 
-def test_regions_have_the_colour_of_their_word_and_markers_none():
-    words = (None, "red", "circle", "on", None, None)
-    labels = torch.tensor([[0, 1, 1, 2], [5, 2, 2, 2]])
-    colours = word_colours(words, [labels])
-    assert set(colours) == {1, 2}  # "on" owns nothing
+def test_regions_have_the_colour_of_their_phrase_and_markers_none():
+    words = (None, "red", "circle", "on", None, "sky")
+    labels = torch.tensor([[0, 1, 1, 2], [3, 2, 2, 2]])
+    colours = phrase_colours(words, [labels])
+    assert set(colours) == {"red circle"}  # "sky" owns nothing, "on" is small
     cell = np.array(draw_regions(torch.zeros(3, 64, 64), labels, words, colours)).astype(int)
     size = (CELL // 2, CELL // 4)
     for (row, column), label in np.ndenumerate(labels.numpy()):
-        pixel = cell[row * size[0] + size[0] // 2, column * size[1] + size[1] // 2]
-        colour = np.array(list(bytes.fromhex(colours.get(label, NO_WORD)[1:])))
+        pixel = cell[row * size[0] + 10, column * size[1] + 10]
+        colour = colours["red circle"] if label in (1, 2) else NO_WORD
+        colour = np.array(list(bytes.fromhex(colour[1:])))
         grey = int(100 + 0.6 * 128)
         assert (abs(pixel - (0.75 * colour + 0.25 * grey)) <= 2).all(), (row, column)
 
 
-def test_a_word_that_names_a_colour_has_it_once_and_no_two_words_share_one():
-    words = (None, "a", "red", "circle", "red", "on", "blue", "ground", None)
-    labels = [torch.arange(9).view(3, 3), torch.tensor([[4, 4], [7, 0]])]
-    colours = word_colours(words, labels)
-    assert set(colours) == set(range(1, 8))
-    assert len(set(colours.values())) == 7
-    assert (colours[4], colours[6]) == ("#d55e00", "#0072b2")  # the larger of the two reds
-    assert list(colours)[:2] == [4, 7]  # the largest regions come first
+def test_a_phrase_that_names_a_colour_has_it_once_and_no_two_share_one():
+    words = (None, "a", "red", "circle", "and", "red", "owl", "on", "blue", "ground", None)
+    labels = [torch.arange(11)[:9].view(3, 3), torch.tensor([[6, 6], [9, 0]])]
+    colours = phrase_colours(words, labels)
+    assert list(colours) == ["red owl", "red circle", "blue ground"]  # the largest comes first
+    assert (colours["red owl"], colours["blue ground"]) == ("#d55e00", "#0072b2")
+    assert len(set(colours.values())) == 3
+    pieces = phrases(("a", "strawberry", "strawberry", "and", "strawberry", None))
+    assert pieces == {"strawberry": [1, 2, 4]}
 
 
 def test_the_rate_colours_are_viridis():
@@ -232,7 +243,8 @@ def test_the_ends_of_the_rate_bar_enclose_the_rates():
 
 
 def test_a_long_prompt_makes_the_panel_taller_not_wider(model):
-    short, long = "a red circle", "a striped red circle and a blue square on a checkered green"
+    short = "a red circle"
+    long = "red circle and blue square on green star and yellow triangle and purple"
     images = [generate(model, [text], [0], steps=2, trace=True) for text in (short, long)]
     pictures = [panel([{"scfg": image}], 1, "settings") for image in images]
     assert pictures[0].width == pictures[1].width

@@ -9,17 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from scfg.models import emoji
 from scfg.models.embedded import (
     WEIGHTS,
     EpsPredictor,
     ModelConfig,
     assemble,
-    load_shapes_model,
+    load_model,
     networks,
     save_weights,
     to_latents,
 )
-from scfg.models.shapes import (
+from scfg.models.emoji import (
     Scene,
     caption,
     render,
@@ -60,18 +61,18 @@ def scenes_of(seed: int, count: int = 200) -> list[Scene]:
 def test_tokens_are_encoded_knowing_only_the_words_before_them():
     torch.manual_seed(0)
     encoder = networks(TINY)["text_encoder"].double()
-    tokenizer = Tokenizer()
-    first = tokenizer("a red circle on a blue background")
-    second = tokenizer("a red circle and a green star on a blue background")
+    tokenizer = Tokenizer(emoji.WORDS, emoji.LENGTH)
+    first = tokenizer("a red dog on a blue background")
+    second = tokenizer("a red dog and a green fox on a blue background")
     a, b = encoder(first), encoder(second)
-    torch.testing.assert_close(a[:, :4], b[:, :4], atol=1e-12, rtol=0)  # START a red circle
+    torch.testing.assert_close(a[:, :4], b[:, :4], atol=1e-12, rtol=0)  # START a red dog
     assert ((a[:, 4:] - b[:, 4:]).abs().amax(-1) > 1e-6).all()
     empty = encoder(tokenizer(""))
     torch.testing.assert_close(a[:, 0], empty[:, 0], atol=1e-12, rtol=0)
 
 
 def test_perfect_x0_becomes_the_noise_that_was_added():
-    model = assemble(networks(TINY))
+    model = assemble(networks(TINY), TINY)
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 6, 48, 5, 3, generator=generator, dtype=torch.float64)
 
@@ -91,7 +92,7 @@ def test_perfect_x0_becomes_the_noise_that_was_added():
 
 def test_latents_and_images_are_inverse():
     images, _ = render(scenes_of(9, 3))
-    model = assemble(networks(TINY))
+    model = assemble(networks(TINY), TINY)
     latents = to_latents(images)
     assert latents.shape == (3, *model.latent_shape)
     torch.testing.assert_close(model.decode(latents), images, atol=1e-6, rtol=0)
@@ -103,7 +104,7 @@ def test_saved_weights_load_as_the_same_model(tmp_path):
     torch.manual_seed(1)
     parts = networks(TINY)
     save_weights(parts, TINY, tmp_path / "w.safetensors")
-    model = load_shapes_model(tmp_path / "w.safetensors")
+    model = load_model(tmp_path / "w.safetensors")
     assert not any(p.requires_grad for p in model.unet.parameters())
     loaded = {**model.unet.unet.state_dict(prefix="unet.")}
     loaded |= model.text_encoder.state_dict(prefix="text_encoder.")
@@ -111,7 +112,7 @@ def test_saved_weights_load_as_the_same_model(tmp_path):
     for name, p in parts.state_dict().items():
         assert torch.equal(loaded[name], p.half().float()), name
     with pytest.raises(FileNotFoundError):
-        load_shapes_model(tmp_path / "absent.safetensors")
+        load_model(tmp_path / "absent.safetensors")
 
 
 def plan(**kwargs) -> Plan:
@@ -204,9 +205,9 @@ needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no trained weig
 def test_shipped_model_is_small_and_quick_to_load_and_predicts_eps():
     assert WEIGHTS.stat().st_size <= 10e6
     start = time.process_time()
-    model = load_shapes_model()
+    model = load_model()
     assert time.process_time() - start < 20  # a bound against hanging, not a benchmark
-    context = model.encode(["", "a red circle on a blue background"])
+    context = model.encode(["", "a red dog on a blue background"])
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     eps = model.unet(noise, torch.tensor([999, 999]), context)
     assert eps.shape == noise.shape and eps.dtype == torch.float32
@@ -223,7 +224,7 @@ def test_shipped_model_is_small_and_quick_to_load_and_predicts_eps():
 
 @needs_weights
 def test_shipped_model_restores_its_scenes_from_noise_and_listens_to_the_caption():
-    model = load_shapes_model()
+    model = load_model()
     scenes = scenes_of(10, 16)
     x0 = to_latents(render(scenes)[0])
     captions = [caption(scene) for scene in scenes]
@@ -238,5 +239,5 @@ def test_shipped_model_restores_its_scenes_from_noise_and_listens_to_the_caption
 
     right, wrong = error(captions), error(captions[1:] + captions[:1])
     spread = x0.var()
-    assert right.mean() < 0.2 * spread
+    assert right.mean() < 0.3 * spread
     assert (right < wrong).float().mean() >= 0.9

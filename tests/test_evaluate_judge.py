@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from scfg.models.judge import (
+from scfg.models.shapes import COLOURS, TEXTURES, Region, Scene, render, sample_scenes
+from scfg.models.shapes_judge import (
     NOUNS,
     WEIGHTS,
     Judge,
@@ -21,8 +22,7 @@ from scfg.models.judge import (
     region_colours,
     truth,
 )
-from scfg.models.judge_training import spoil, train
-from scfg.models.shapes import COLOURS, TEXTURES, Region, Scene, render, sample_scenes
+from scfg.models.shapes_judge_training import spoil, train
 
 ATTRIBUTES = ("colour", "shape", "texture", "place", "layout")
 SCENES = (

@@ -18,8 +18,8 @@ from scfg.evaluate.regions import (
     variants,
 )
 from scfg.models.embedded import assemble, networks
-from scfg.models.judge import patch_regions
 from scfg.models.shapes import caption, render, sample_scenes
+from scfg.models.shapes_judge import patch_regions
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def model():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         parts = networks(TINY)
-    return assemble(parts.eval().requires_grad_(False))
+    return assemble(parts.eval().requires_grad_(False), TINY)
 
 
 SCENES = sample_scenes(6, np.random.default_rng(3))

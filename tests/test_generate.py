@@ -25,7 +25,7 @@ def test_scale_one_is_sampling_with_the_text_alone(model):
     context = model.encode(PROMPTS[:1])
     latents = sampling.ddim(lambda x, t: model.unet(x, t, context), start(3), model.schedule, 4)
     actual = generate(model, PROMPTS[:1], [3], method="cfg", guidance_scale=1.0, steps=4)
-    assert_close(actual=actual.images, expected=model.decode(latents), atol=1e-5)
+    assert_close(actual=actual.images, expected=model.decode(latents), share=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
@@ -37,18 +37,18 @@ def test_scfg_images_regions_and_rates_are_those_of_the_public_predictor(model, 
     latents = run(lambda x, t: predictor(x, t, uncond, cond), start(3), model.schedule, 4)
     predictor.remove()
     actual = generate(model, PROMPTS[:1], [3], steps=4, sampler=sampler, trace=True)
-    assert_close(actual=actual.images, expected=model.decode(latents), atol=1e-6)
+    assert_close(actual=actual.images, expected=model.decode(latents), share=1e-6)
     for step, expected in zip(actual.trace, steps, strict=True):
         assert step.labels.equal(expected.labels)
         assert step.foreground.equal(expected.foreground)
-        assert_close(actual=step.rate, expected=expected.rate[:, 0], atol=1e-6)
+        assert_close(actual=step.rate, expected=expected.rate[:, 0], share=1e-6)
     assert actual.images.isfinite().all() and actual.images.std() > 0.01
 
 
 def test_the_last_prediction_of_ddim_is_the_image(model):
     result = generate(model, PROMPTS, [0, 1], steps=3, trace=True)
     assert [step.t for step in result.trace] == model.schedule.timesteps(3)
-    assert_close(actual=result.trace[-1].x0, expected=result.images, atol=1e-5)
+    assert_close(actual=result.trace[-1].x0, expected=result.images, share=1e-5)
 
 
 def test_recording_leaves_plain_cfg_as_it_is(model):
@@ -62,7 +62,7 @@ def test_recording_leaves_plain_cfg_as_it_is(model):
 def test_an_image_does_not_depend_on_its_batch(model, method):
     both = generate(model, PROMPTS, [7, 8], method=method, steps=3)
     alone = generate(model, PROMPTS[1:], [8], method=method, steps=3)
-    assert_close(actual=both.images[1:], expected=alone.images, atol=1e-4)
+    assert_close(actual=both.images[1:], expected=alone.images, share=1e-4)
     assert both.seeds == (7, 8) and both.prompts == tuple(PROMPTS)
 
 
@@ -141,12 +141,12 @@ def test_a_phrase_multiplies_the_rate_of_its_words(model):
     assert_close(
         actual=ratio[0][deep > 0.99],
         expected=torch.full_like(ratio[0][deep > 0.99], 2.0),
-        atol=1e-5,
+        share=1e-5,
     )
     assert_close(
-        actual=ratio[0][deep < 0.01], expected=torch.ones_like(ratio[0][deep < 0.01]), atol=1e-5
+        actual=ratio[0][deep < 0.01], expected=torch.ones_like(ratio[0][deep < 0.01]), share=1e-5
     )
-    assert_close(actual=ratio[1], expected=torch.ones_like(ratio[1]), atol=1e-6)
+    assert_close(actual=ratio[1], expected=torch.ones_like(ratio[1]), share=1e-6)
     assert (deep > 0.99).any() or (deep < 0.01).any()
     with pytest.raises(ValueError, match="green star"):
         generate(model, PROMPTS[:1], [3], steps=1, token_weights={"green star": 2.0})

@@ -139,7 +139,7 @@ def test_semantic_cfg_compiles_into_one_graph():
     compiled = torch.compile(scfg.semantic_cfg, fullgraph=True, backend="aot_eager")
     actual = compiled(u, c, self_maps, cross_maps, 5.0)
     assert torch.equal(actual.labels, expected.labels)
-    assert_close(actual=actual.eps, expected=expected.eps, atol=1e-5)
+    assert_close(actual=actual.eps, expected=expected.eps, share=1e-5)
 
 
 def test_every_operation_is_registered_for_cuda():

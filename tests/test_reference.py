@@ -24,7 +24,7 @@ def test_attention_map_equals_explicit_softmax_per_head():
     mask = bias[:, None, None, :].expand(2, 3, 35, 7)
     expected = torch.nn.functional.scaled_dot_product_attention(heads_q, heads_k, value, mask)
     actual = reference.attention_map(q, k, 3, bias)
-    assert_close(actual=actual, expected=expected.mean(1), atol=1e-12)
+    assert_close(actual=actual, expected=expected.mean(1), share=1e-12)
     assert (actual[1, :, 5:] == 0).all()
 
 
@@ -33,7 +33,7 @@ def test_attention_apply_equals_map_times_columns_over_row_tiles():
     q, k = torch.randn(2, 1, 300, 24, generator=g).unbind(0)
     columns = torch.rand(1, 300, 5, generator=g)
     expected = reference.attention_map(q.double(), k.double(), 2) @ columns.double()
-    assert_close(actual=reference.attention_apply(q, k, columns, 2), expected=expected, atol=1e-6)
+    assert_close(actual=reference.attention_apply(q, k, columns, 2), expected=expected, share=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_propagate_is_the_stated_polynomial_in_s(propagation, steps, weights):
     polynomial = sum(w * torch.linalg.matrix_power(s, p + 1) for p, w in enumerate(weights))
     expected = polynomial @ c if weights else c
     assert_close(
-        actual=reference.propagate(s, c, propagation, steps), expected=expected, atol=1e-12
+        actual=reference.propagate(s, c, propagation, steps), expected=expected, share=1e-12
     )
 
 
@@ -55,13 +55,13 @@ def test_identity_self_attention_leaves_columns_unchanged():
     c = torch.rand(1, 6, 3, dtype=torch.float64)
     for propagation in ("paper", "official"):
         actual = reference.propagate(torch.eye(6, dtype=torch.float64)[None], c, propagation)
-        assert_close(actual=actual, expected=c, atol=1e-15)
+        assert_close(actual=actual, expected=c, share=1e-15)
 
 
 def test_upsample_equals_bilinear_interpolation_where_the_factor_divides():
     x = torch.rand(2, 3, 4, 7, dtype=torch.float64)
     expected = torch.nn.functional.interpolate(x, scale_factor=4, mode="bilinear")
-    assert_close(actual=reference.upsample(x, 16, 28, 4), expected=expected, atol=1e-14)
+    assert_close(actual=reference.upsample(x, 16, 28, 4), expected=expected, share=1e-14)
 
 
 def test_upsample_of_an_odd_size_is_the_cropped_even_one():
@@ -76,15 +76,15 @@ def test_blur_equals_a_reflect_padded_convolution():
     kernel = torch.outer(line, line) / line.sum() ** 2
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
     expected = torch.nn.functional.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None])
-    assert_close(actual=reference.blur(x), expected=expected.view_as(x), atol=1e-14)
+    assert_close(actual=reference.blur(x), expected=expected.view_as(x), share=1e-14)
 
 
 def test_blur_leaves_an_axis_of_one_pixel_alone():
     x = torch.rand(1, 1, 4, dtype=torch.float64)
     column = reference.blur(x.mT)
-    assert_close(actual=column.mT, expected=reference.blur(x), atol=1e-15)
+    assert_close(actual=column.mT, expected=reference.blur(x), share=1e-15)
     single = torch.full((1, 1, 1), 3.0)
-    assert_close(actual=reference.blur(single), expected=single, atol=1e-6)
+    assert_close(actual=reference.blur(single), expected=single, share=1e-6)
 
 
 @pytest.mark.parametrize(("h", "w", "factor"), [(8, 8, 1), (18, 22, 2), (5, 7, 2), (13, 9, 4)])
@@ -93,8 +93,8 @@ def test_spatial_weights_give_the_mean_of_the_blurred_upsampled_map(h, w, factor
     y = torch.rand(*grid, dtype=torch.float64)
     mean = reference.blur(reference.upsample(y, h, w, factor)).mean()
     weights = reference.spatial_weights(h, w, factor)
-    assert_close(actual=weights @ y.flatten(), expected=mean, atol=1e-14)
-    assert_close(actual=weights.sum(), expected=torch.tensor(1.0), atol=1e-14)
+    assert_close(actual=weights @ y.flatten(), expected=mean, share=1e-14)
+    assert_close(actual=weights.sum(), expected=torch.tensor(1.0), share=1e-14)
 
 
 def test_complete_gives_every_column_spatial_mean_one_and_adds_up():
@@ -104,11 +104,11 @@ def test_complete_gives_every_column_spatial_mean_one_and_adds_up():
     one = reference.complete(s, c, weights)
     assert one.shape == (2, 35, 7)
     mean = torch.einsum("n,bnt->bt", weights, one)
-    assert_close(actual=mean, expected=torch.ones(2, 7), atol=1e-12)
+    assert_close(actual=mean, expected=torch.ones(2, 7), share=1e-12)
     rest = reference.propagate(s, c[..., 1:].sum(-1, keepdim=True))
-    assert_close(actual=one[..., 6:], expected=rest / (weights @ rest)[:, None], atol=1e-12)
+    assert_close(actual=one[..., 6:], expected=rest / (weights @ rest)[:, None], share=1e-12)
     both = reference.complete(s, c, weights, one)
-    assert_close(actual=both, expected=2 * one, atol=1e-12)
+    assert_close(actual=both, expected=2 * one, share=1e-12)
 
 
 def test_complete_keeps_a_column_of_zeros_zero():
@@ -152,7 +152,7 @@ def test_region_sums_equal_a_loop_over_pixels():
                 for region in [int(labels[patch])] + [4] * bool(foreground[patch]):
                     expected[image, region] += torch.tensor([a, 1.0], dtype=torch.float64)
     actual = reference.region_sums(u, c, labels, foreground, 4, 4).sum(1)
-    assert_close(actual=actual, expected=expected, atol=1e-12)
+    assert_close(actual=actual, expected=expected, share=1e-12)
 
 
 def test_region_rates_by_hand():
@@ -160,11 +160,11 @@ def test_region_rates_by_hand():
     sums = torch.tensor([[[[4.0, 2], [8, 1], [3, 3], [0, 0], [8, 2]]]])
     scale = torch.tensor([7.5])
     rates = reference.region_rates(sums, scale)
-    assert_close(actual=rates[:, :3], expected=torch.tensor([[2.0, 0.8, 2.0]]), atol=1e-7)
+    assert_close(actual=rates[:, :3], expected=torch.tensor([[2.0, 0.8, 2.0]]), share=1e-7)
     rates = reference.region_rates(sums, scale, max_scale=None)
-    assert_close(actual=rates[:, :3], expected=torch.tensor([[2.0, 0.8, 3.0]]), atol=1e-7)
+    assert_close(actual=rates[:, :3], expected=torch.tensor([[2.0, 0.8, 3.0]]), share=1e-7)
     rates = reference.region_rates(sums, scale, benchmark="image")  # image mean 15 / 6
-    assert_close(actual=rates[:, :3], expected=torch.tensor([[1.25, 0.8, 2.0]]), atol=1e-7)
+    assert_close(actual=rates[:, :3], expected=torch.tensor([[1.25, 0.8, 2.0]]), share=1e-7)
 
 
 def test_empty_foreground_is_plain_cfg_whatever_the_cap():
@@ -187,9 +187,9 @@ def test_guide_spreads_blurs_and_combines():
     pixels = torch.ones(5, 6, dtype=torch.float64)
     pixels[:2, 4:] = pixels[2:4, 2:] = 2
     expected = reference.blur(pixels)
-    assert_close(actual=rate[0, 0], expected=expected, atol=1e-12)
-    assert_close(actual=eps, expected=u + 3 * expected * (c - u), atol=1e-12)
+    assert_close(actual=rate[0, 0], expected=expected, share=1e-12)
+    assert_close(actual=eps, expected=u + 3 * expected * (c - u), share=1e-12)
     weights = torch.tensor([[2.0, 0.5]])
     _, rate = reference.guide(u, c, labels, sums, torch.tensor([3.0]), 2, token_weights=weights)
     expected = reference.blur(torch.where(pixels == 2, 1.0, 2.0).double())
-    assert_close(actual=rate[0, 0], expected=expected, atol=1e-12)
+    assert_close(actual=rate[0, 0], expected=expected, share=1e-12)

@@ -16,6 +16,7 @@ FLOORS = {
     "scfg/config": 1, "scfg/reference": 1, "scfg/sampling": 1,
     "scfg/backends": 2, "scfg/models/unet": 2,
     "scfg/ops": 3,
+    "scfg/patches": 3.5,
     "scfg/evidence": 4,
     "scfg/guidance": 5,
     "scfg/recording": 6, "scfg/methods": 6, "scfg/models": 6,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from scfg.models import shapes
 from scfg.models.shapes import (
     COLOURS,
     DARK,
@@ -198,7 +199,7 @@ def test_caption_says_what_is_drawn():
 
 
 def test_phrase_spans_hold_the_phrases_in_the_order_of_the_masks():
-    tokenizer = Tokenizer()
+    tokenizer = Tokenizer(shapes.WORDS, shapes.LENGTH)
     for scene in scenes_of(7):
         text = caption(scene)
         tokens = tokenizer.tokens(text)
@@ -209,7 +210,7 @@ def test_phrase_spans_hold_the_phrases_in_the_order_of_the_masks():
 
 
 def test_tokens_round_trip_and_are_padded_with_end():
-    tokenizer = Tokenizer()
+    tokenizer = Tokenizer(shapes.WORDS, shapes.LENGTH)
     captions = [caption(scene) for scene in scenes_of(8)] + ["", "A Red\tcircle"]
     ids = tokenizer(captions)
     assert ids.shape == (202, 16) and ids.dtype == torch.int64
@@ -224,7 +225,7 @@ def test_tokens_round_trip_and_are_padded_with_end():
 
 
 def test_unknown_and_surplus_words_are_refused_by_name():
-    tokenizer = Tokenizer()
+    tokenizer = Tokenizer(shapes.WORDS, shapes.LENGTH)
     with pytest.raises(ValueError, match="'pink'") as error:
         tokenizer(["a red circle", "a pink circle"])
     for word in (*SHAPES, *COLOURS, "striped", "checkered", "background", "and", "on", "a"):

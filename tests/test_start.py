@@ -72,8 +72,8 @@ def test_a_context_of_zeros_is_guided_by_the_texts_start_image_by_image():
     assert not usual.start_is_flat.any()
     assert mixed.foreground[0].equal(cond.foreground[0])
     assert mixed.foreground[1].equal(usual.foreground[1])
-    assert_close(actual=mixed.rate[1], expected=usual.rate[1], atol=1e-6)
-    assert_close(actual=mixed.rate[0], expected=cond.rate[0], atol=1e-6)
+    assert_close(actual=mixed.rate[1], expected=usual.rate[1], share=1e-6)
+    assert_close(actual=mixed.rate[0], expected=cond.rate[0], share=1e-6)
 
 
 def test_one_token_is_refused():
@@ -212,7 +212,7 @@ def test_modular_and_classic_pipelines_agree_without_a_negative_prompt(folder):
     classic = run(text_to_image(folder)[0], guidance_scale=5.0)
     for ours, theirs in zip(seen, classic, strict=True):
         assert ours.start_is_flat.all() and ours.foreground.equal(theirs.foreground)
-        assert_close(actual=ours.rate, expected=theirs.rate, atol=1e-4)
+        assert_close(actual=ours.rate, expected=theirs.rate, share=1e-4)
 
 
 def test_comfyui_conditioning_that_is_zeroed_out_takes_the_texts_start_part_by_part():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from conftest import assert_close
 from torch import nn
 
 from scfg.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
@@ -112,7 +113,7 @@ def test_output_is_that_of_diffusers(pair, size):
     x, t, context, added = inputs(name, *size)
     expected = call_diffusers(theirs, x, t, context, added)
     assert expected.std() > 0.1
-    torch.testing.assert_close(ours(x, t, context, added), expected, atol=1e-5, rtol=0)
+    assert_close(actual=ours(x, t, context, added), expected=expected, share=1e-5)
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def test_masked_tokens_are_ignored_as_in_diffusers(pair):
     mask = torch.arange(7) < torch.tensor([[3], [6]])
     expected = call_diffusers(theirs, x, t, context, added, encoder_attention_mask=mask)
     actual = ours(x, t, context, added, context_mask=mask)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert_close(actual=actual, expected=expected, share=1e-5)
     assert (ours(x, t, context, added) - actual).abs().max() > 1e-3
 
 
@@ -139,10 +140,10 @@ def test_output_does_not_depend_on_strides(pair):
     x = x.mT.contiguous().mT
     context = context.mT.contiguous().mT
     assert not (x.is_contiguous() or context.is_contiguous())
-    torch.testing.assert_close(unet(x, t, context, added), expected, atol=1e-12, rtol=1e-12)
+    assert_close(actual=unet(x, t, context, added), expected=expected, share=1e-12)
     x = x.contiguous(memory_format=torch.channels_last)
     unet.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(unet(x, t, context, added), expected, atol=1e-12, rtol=1e-12)
+    assert_close(actual=unet(x, t, context, added), expected=expected, share=1e-12)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import torch
 
 from scfg.adapters.generate import draw as draw_pipeline
 from scfg.drawing.generate import Request, draw
+from scfg.models import shapes
 from scfg.models.embedded import ModelConfig, assemble, networks
 from scfg.models.unet import UNet, UNetConfig
 
@@ -14,6 +15,8 @@ MODEL = ModelConfig(
     UNetConfig(48, 48, (16, 32), (1, 1), 1, (1, 2), 1, 24, norm_groups=8),
     text_layers=1,
     text_heads=2,
+    words=shapes.WORDS,
+    length=shapes.LENGTH,
 )
 
 
@@ -28,7 +31,7 @@ def tiny_model(seed=0):
     """The embedded model with random weights: for what does not depend on how well it draws."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return assemble(networks(MODEL).eval().requires_grad_(False))
+        return assemble(networks(MODEL).eval().requires_grad_(False), MODEL)
 
 
 def request(prompts, seeds, guidance_scale=2.5, **options):

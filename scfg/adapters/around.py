@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 CALL = "_compiled_call_impl"  # what torch calls instead of a module's hooks and forward
+MARK = "_guided_by_scfg"
 
 
 def around(
@@ -52,4 +53,25 @@ def around(
             vars(module)[CALL] = compiled
 
     vars(module)[CALL] = call
+    return remove
+
+
+def is_marked(module: nn.Module) -> bool:
+    """Whether a module, or the one inside a torch.compile of it, is attached to."""
+    module = getattr(module, "_orig_mod", module)
+    return vars(module).get(MARK) == id(module)
+
+
+def mark(module: nn.Module) -> Callable[[], None]:
+    """Note on a module that it is attached to; a copy of it is not.
+
+    Returns:
+        Function that takes the note away.
+    """
+    module = getattr(module, "_orig_mod", module)
+    vars(module)[MARK] = id(module)
+
+    def remove() -> None:
+        vars(module).pop(MARK)
+
     return remove

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from scfg.adapters.around import around
+from scfg.adapters.around import around, is_marked, mark
 from scfg.adapters.formula import Formula
+from scfg.adapters.pipelines import attach_transformers, transformers_of
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, find_regions
 from scfg.recording.phrases import phrase_weights
@@ -26,7 +27,6 @@ from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
 
 LATENT = "latent_channels"
-MARK = "_guided_by_scfg"  # attribute of a U-Net that is attached to
 
 
 @contextmanager
@@ -44,13 +44,15 @@ def attach(
 ) -> Iterator:
     """Guide everything that a pipeline makes inside a ``with`` block by S-CFG.
 
-    Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet``:
-    another pipeline that shares it is not to be used inside the block.
+    Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet``, or
+    on ``pipe.transformer`` (experimental; see `scfg.recording.layouts` for which): another pipeline
+    that shares it is not to be used inside the block.
 
     Args:
-        pipe: A pipeline of diffusers with a U-Net and two-branch classifier-free guidance.
-        guidance_scale: For pipelines that do not tell theirs (DeepFloyd IF): the same as in the
-            call. For all others None: it is read at every step.
+        pipe: A pipeline of diffusers with two-branch classifier-free guidance.
+        guidance_scale: For pipelines that do not tell theirs (DeepFloyd IF, PixArt, and Flux and
+            Qwen-Image, where it is ``true_cfg_scale``): the same as in the call. For all others
+            None: it is read at every step.
         config: Constants.
         backend: See `scfg.ops`.
         callback: Called with the `Guided` of every step on which S-CFG acted.
@@ -72,16 +74,19 @@ def attach(
             attention of the U-Net was not seen (see `AttentionRecorder.finish`).
     """
     unet = getattr(pipe, "unet", None)
+    run = Run(config, backend, callback, start, stop, every)
+    if not isinstance(unet, nn.Module) and transformers_of(pipe):
+        with attach_transformers(pipe, guidance_scale, run, token_weights, observe):
+            yield pipe
+        return
     if not isinstance(unet, nn.Module):
-        raise ValueError(f"pipe must have a U-Net, pipe.unet, got {type(pipe).__name__}")
-    module = getattr(unet, "_orig_mod", unet)
-    if vars(module).get(MARK) == id(module):  # a copy has the mark, but not the number
+        raise ValueError(f"pipe must have pipe.unet or pipe.transformer, got {type(pipe).__name__}")
+    if is_marked(unet):
         raise ValueError("pipe.unet is guided already, by another attach that has not ended")
     tells = hasattr(type(pipe), "guidance_scale")
     if tells == (guidance_scale is not None):
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
-    run = Run(config, backend, callback, start, stop, every)
     attached = _Attached(pipe, guidance_scale, run, token_weights, observe)
     try:
         attached.add(unet)
@@ -110,9 +115,7 @@ class _Attached:
 
     def add(self, unet: nn.Module) -> None:
         """Put the hooks on."""
-        module = getattr(unet, "_orig_mod", unet)  # inside torch.compile(unet)
-        vars(module)[MARK] = id(module)
-        self._undo.append(lambda: vars(module).pop(MARK))
+        self._undo.append(mark(unet))
         self.recorder = self.run.recorder(unet)
         self._undo.append(self.recorder.remove)
         self._undo.append(around(unet, self.before, self.after, self.recorder.abort))

@@ -16,6 +16,7 @@ from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, find_regions
+from scfg.recording.layouts import find_layout
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
 
@@ -96,6 +97,11 @@ class SemanticGuidance(ClassifierFreeGuidance):
         super().prepare_models(denoiser)
         if not self._is_cfg_enabled() or not self._records():
             return
+        if find_layout(denoiser) is not None:
+            raise ValueError(
+                "SemanticGuidance does not record transformers yet, got "
+                f"{type(denoiser).__name__}; attach does, on classic pipelines"
+            )
         if self._unet is not denoiser:
             self.remove()
             self._recorder = self._run.recorder(denoiser)

@@ -9,7 +9,7 @@ from torch import Tensor
 from scfg import sampling
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg
-from scfg.models.embedded import ShapesModel
+from scfg.models.embedded import EmbeddedModel
 from scfg.models.text import END, START
 from scfg.recording.phrases import weigh_phrases
 from scfg.recording.predictor import Predictor
@@ -135,7 +135,7 @@ class Generated:
 
 @torch.no_grad()
 def draw(
-    model: ShapesModel, request: Request, after_step: Callable[[], object] | None = None
+    model: EmbeddedModel, request: Request, after_step: Callable[[], object] | None = None
 ) -> Generated:
     """Draw with the embedded model.
 
@@ -190,7 +190,9 @@ def draw(
     return Generated(request.method, request.prompts, request.seeds, words, images, trace)
 
 
-def _predictor(model: ShapesModel, request: Request, notice: Callable[[Guided], None]) -> Callable:
+def _predictor(
+    model: EmbeddedModel, request: Request, notice: Callable[[Guided], None]
+) -> Callable:
     """The predictor ``(x, t, uncond, cond) -> eps`` that a request asks for."""
     if request.method == "cfg" and not request.trace:
 
@@ -213,13 +215,13 @@ def _predictor(model: ShapesModel, request: Request, notice: Callable[[Guided], 
     )
 
 
-def _denoised(model: ShapesModel, t: int, x: Tensor, eps: Tensor) -> Tensor:
+def _denoised(model: EmbeddedModel, t: int, x: Tensor, eps: Tensor) -> Tensor:
     """The image (b, 3, 64, 64) that a prediction points to."""
     abar = model.schedule.alphas_cumprod[t].item()
     return model.decode((x - (1 - abar) ** 0.5 * eps) / abar**0.5)
 
 
-def _weights(model: ShapesModel, request: Request) -> Tensor | None:
+def _weights(model: EmbeddedModel, request: Request) -> Tensor | None:
     """Weights of tokens (b, t), 1 where no phrase is."""
     if not request.token_weights:
         return None
@@ -228,6 +230,6 @@ def _weights(model: ShapesModel, request: Request) -> Tensor | None:
     return weigh_phrases(texts, phrases, request.token_weights)
 
 
-def _words(model: ShapesModel, prompt: str) -> tuple[str | None, ...]:
+def _words(model: EmbeddedModel, prompt: str) -> tuple[str | None, ...]:
     tokens = model.tokenizer.tokens(prompt)
     return tuple(None if token in (START, END) else token for token in tokens)

@@ -10,7 +10,14 @@ from pathlib import Path
 from PIL import Image
 
 from scfg.drawing.generate import Frame, Generated
-from scfg.drawing.picture import NO_WORD, VIRIDIS, rate_range, to_pillow, word_colours
+from scfg.drawing.picture import (
+    NO_WORD,
+    VIRIDIS,
+    phrase_colours,
+    position_colours,
+    rate_range,
+    to_pillow,
+)
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -28,7 +35,9 @@ def page(images: Sequence[dict[str, Generated]], how: str) -> str:
     results = [result for image in images for result in image.values()]
     first = results[0]
     steps = [step for result in results for step in result.trace]
-    colours = word_colours(first.words[0], [step.labels[0] for step in steps])
+    words = first.words[0]
+    colours = phrase_colours(words, [step.labels[0] for step in steps])
+    colours = position_colours(words, colours)
     data = {
         "prompt": first.prompts[0],
         "settings": how,

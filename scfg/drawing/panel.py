@@ -15,16 +15,17 @@ from scfg.drawing.picture import (
     draw_regions,
     enlarge,
     font,
+    phrase_colours,
+    phrases,
     rate_range,
     to_pillow,
     viridis,
-    word_colours,
 )
 
 GAP, MARGIN, SIDE = 20, 48, 96  # pixels: between cells, border, labels of rows
 BAR = 92  # the colour bar and its numbers
 FAINT = "#5d6672"
-NOBODY = "no word (START, END, padding)"
+NOBODY = "no word (START, END, padding), and small words"
 
 
 def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.Image:
@@ -42,7 +43,7 @@ def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.
     words = shown[0].words[0]
     labels = [result.trace[step].labels[0] for result in shown]
     rates = [result.trace[step].rate[0] for result in shown]
-    colours, limits = word_colours(words, labels), rate_range(rates)
+    colours, limits = phrase_colours(words, labels), rate_range(rates)
     cells = []
     for row, result, label, rate in zip(images, shown, labels, rates, strict=True):
         pictures = [enlarge(to_pillow(row[method].images[0])) for method in row]
@@ -54,10 +55,10 @@ def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.
     return _compose(
         shown[0].prompts[0],
         f"{how} \u00b7 {source}",
-        [*titles, "Token regions", "Rate"],
+        [*titles, "Regions of words", "Rate"],
         [f"seed {result.seeds[0]}" for result in shown],
         cells,
-        [(word, colours.get(i)) for i, word in enumerate(words) if word is not None],
+        [(text, colours.get(text)) for text in phrases(words)],
         limits,
     )
 
@@ -76,7 +77,7 @@ def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
     last = len(result.trace) - 1
     picks = sorted({round(i * last / max(columns - 1, 1)) for i in range(columns)})
     chosen, words = [result.trace[i] for i in picks], result.words[0]
-    colours = word_colours(words, [step.labels[0] for step in chosen])
+    colours = phrase_colours(words, [step.labels[0] for step in chosen])
     limits = rate_range([step.rate[0] for step in chosen])
     cells = [
         [enlarge(to_pillow(step.x0[0])) for step in chosen],
@@ -89,7 +90,7 @@ def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
         [f"step {i + 1}" for i in picks],
         ["image", "regions", "rate"],
         cells,
-        [(word, colours.get(i)) for i, word in enumerate(words) if word is not None],
+        [(text, colours.get(text)) for text in phrases(words)],
         limits,
     )
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 CELL = 320  # pixels, the side of a cell
 INK, PAPER = "#1b1f24", "#ffffff"
-NO_WORD = "#c4c8ce"  # START, END and padding
+NO_WORD = "#c4c8ce"  # START, END, padding and small words
+SMALL_WORDS = frozenset("a an the and or on in at of with by to from over under near".split())
 # Okabe and Ito 2008, then colours far from these and from each other to deuteranopes, protanopes
 # and tritanopes too: given to the words in the order of their area.
 PALETTE = (
@@ -25,21 +26,48 @@ VIRIDIS = (
 ).split()
 
 
-def word_colours(words: Sequence[str | None], labels: Sequence[Tensor]) -> dict[int, str]:
-    """Colour of every token that owns a patch in any of the label maps (h, w), by position.
+def phrases(words: Sequence[str | None]) -> dict[str, list[int]]:
+    """The phrases of a prompt and the token positions of each: runs of words between small words.
 
-    A word that names a colour of the palette has it; the others take the rest in the order of
-    their area. START, END and padding have none.
+    >>> phrases([None, "a", "blue", "owl", "on", "a", "red", "background", None])
+    {'blue owl': [2, 3], 'red background': [6, 7]}
+    """
+    found: dict[str, list[int]] = {}
+    run: list[int] = []
+    for position, word in enumerate([*words, None]):
+        if word is not None and word.lower() not in SMALL_WORDS:
+            run.append(position)
+        elif run:
+            named = [words[i] for i in run]
+            text = " ".join(w for i, w in enumerate(named) if i == 0 or w != named[i - 1])
+            found.setdefault(text, []).extend(run)  # pieces of a word are named once
+            run = []
+    return found
+
+
+def phrase_colours(words: Sequence[str | None], labels: Sequence[Tensor]) -> dict[str, str]:
+    """Colour of every phrase that owns a patch in any of the label maps (h, w).
+
+    A phrase with a word that names a colour of the palette has it, the largest first; the others
+    take the rest in the order of their area. Small words, START, END and padding have none.
     """
     area = np.bincount(np.concatenate([x.flatten().numpy() for x in labels]), minlength=len(words))
-    owners = sorted(np.flatnonzero(area).tolist(), key=lambda position: -area[position])
-    owners = [position for position in owners if words[position] is not None]
-    named = {NAMED[words[i]]: i for i in reversed(owners) if words[i] in NAMED}
-    colours = {position: colour for colour, position in named.items()}
-    free = [colour for colour in PALETTE if colour not in named]
-    others = [position for position in owners if position not in colours]
-    colours |= {position: free[i % len(free)] for i, position in enumerate(others)}
-    return {position: colours[position] for position in owners}
+    sizes = {text: area[positions].sum() for text, positions in phrases(words).items()}
+    owners = sorted((text for text in sizes if sizes[text]), key=lambda text: -sizes[text])
+    colours: dict[str, str] = {}
+    for text in owners:
+        named = [NAMED[word] for word in text.split() if word in NAMED]
+        if named and named[0] not in colours.values():
+            colours[text] = named[0]
+    free = [colour for colour in PALETTE if colour not in colours.values()]
+    others = [text for text in owners if text not in colours]
+    colours |= {text: free[i % len(free)] for i, text in enumerate(others)}
+    return {text: colours[text] for text in owners}
+
+
+def position_colours(words: Sequence[str | None], colours: dict[str, str]) -> dict[int, str]:
+    """Colour of every token position that has one, from `phrase_colours`."""
+    return {i: colours[t] for t, at in phrases(words).items() if t in colours for i in at}
 
 
 def to_pillow(image: Tensor) -> Image.Image:
@@ -56,19 +84,25 @@ def enlarge(image: Image.Image) -> Image.Image:
 
 
 def draw_regions(
-    image: Tensor, labels: Tensor, words: Sequence[str | None], colours: dict[int, str]
+    image: Tensor, labels: Tensor, words: Sequence[str | None], colours: dict[str, str]
 ) -> Image.Image:
-    """A cell with each word's region in its colour, outlined and named, over a grey image.
+    """A cell with each phrase's region in its colour, outlined and named, over a grey image.
 
     Args:
         image: (3, H, W) in [-1, 1].
         labels: (h, w) int64.
         words: Word of every token position.
-        colours: From `word_colours`.
+        colours: From `phrase_colours`.
     """
     rows, columns = (np.arange(CELL) * size // CELL for size in labels.shape)
-    owner = labels.numpy()[rows][:, columns]  # (CELL, CELL)
-    table = np.array([_rgb(colours.get(i, NO_WORD)) for i in range(len(words))], np.uint8)
+    places = phrases(words)
+    names = [text for text in places if text in colours]
+    merged = np.full(len(words), -1)  # from token position to phrase
+    for number, text in enumerate(names):
+        merged[places[text]] = number
+    found = merged[labels.numpy()]  # (h, w)
+    owner = found[rows][:, columns]  # (CELL, CELL)
+    table = np.array([_rgb(c) for c in (*(colours[text] for text in names), NO_WORD)], np.uint8)
     grey = enlarge(to_pillow(image)).convert("L").point(lambda v: 100 + v * 0.6).convert("RGB")
     cell = Image.blend(grey, Image.fromarray(table[owner]), 0.75)
     edge = np.zeros(owner.shape, bool)
@@ -77,15 +111,15 @@ def draw_regions(
     cell.paste(PAPER, mask=Image.fromarray(edge))
     draw = ImageDraw.Draw(cell)
     taken: list[tuple[float, ...]] = []
-    for position in colours:
-        anchor = _anchor(labels.numpy() == position)
+    for number, text in enumerate(names):
+        anchor = _anchor(found == number)
         if anchor is not None:
-            box = _name_box(anchor, labels.shape, words[position])
+            box = _name_box(anchor, found.shape, text)
             if not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 where = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
                 halo = {"stroke_width": 3, "stroke_fill": PAPER}
-                draw.text(where, words[position], INK, font=font(15), anchor="mm", **halo)
+                draw.text(where, text, INK, font=font(15), anchor="mm", **halo)
     return cell
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from scfg import ops, reference, sampling
 from scfg.guidance import cfg
 from scfg.methods.samg import samg
-from scfg.models.embedded import CONFIG, ShapesModel
+from scfg.models.embedded import CONFIG, EmbeddedModel
 from scfg.models.shapes import Scene, caption, sample_scenes
 from scfg.recording.wrapper import UNetWrapper
 
@@ -77,7 +77,7 @@ def spread(eps_uncond: Tensor, eps: Tensor, labels: Tensor, regions: int) -> Ten
 
 @torch.no_grad()
 def draw(
-    model: ShapesModel, point: Point, scenes: Sequence[Scene], indices: Sequence[int]
+    model: EmbeddedModel, point: Point, scenes: Sequence[Scene], indices: Sequence[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Draw one image per scene's caption, in one batch.
 

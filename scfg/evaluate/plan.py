@@ -4,7 +4,7 @@ from pathlib import Path
 
 from scfg.evaluate.draw import Point
 from scfg.evaluate.work import Plan, sha256
-from scfg.models.judge import WEIGHTS as JUDGE_WEIGHTS
+from scfg.models.shapes_judge import WEIGHTS as JUDGE_WEIGHTS
 
 FULL = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0)  # guidance scales
 CFG_MORE = (22.0,)  # reached by the mean scale of a method that raises it

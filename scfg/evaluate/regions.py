@@ -8,9 +8,9 @@ from torch import Tensor
 
 from scfg.evaluate.metrics import overlap
 from scfg.guidance import semantic_cfg
-from scfg.models.embedded import CONFIG, ShapesModel, to_latents
-from scfg.models.judge import patch_regions
+from scfg.models.embedded import CONFIG, EmbeddedModel, to_latents
 from scfg.models.shapes import Scene, caption, render
+from scfg.models.shapes_judge import patch_regions
 from scfg.recording.wrapper import UNetWrapper
 
 POWERS = tuple(range(1, 9))
@@ -40,7 +40,7 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: ShapesModel, scenes: Sequence[Scene], indices: Sequence[int], t: int) -> Probe:
+def probe(model: EmbeddedModel, scenes: Sequence[Scene], indices: Sequence[int], t: int) -> Probe:
     """Noise real scenes to timestep t, each with noise of its own number, and call the U-Net."""
     images, masks = render(scenes)
     captions = [caption(s) for s in scenes]
@@ -58,7 +58,7 @@ def probe(model: ShapesModel, scenes: Sequence[Scene], indices: Sequence[int], t
     return Probe(eps_uncond, eps_text, layers, *parts)
 
 
-def token_owners(model: ShapesModel, text: str) -> Tensor:
+def token_owners(model: EmbeddedModel, text: str) -> Tensor:
     """Region named by each token of a scene's caption, (t,) int64: 0, 1 objects, 2 background.
 
     -1 for the words outside phrases, START, END and padding.

@@ -23,9 +23,9 @@ from scfg.evaluate.tradeoff import (
     point_rows,
 )
 from scfg.evaluate.work import PROMPTS, Plan, collect, seconds_spent
-from scfg.models.embedded import ShapesModel
-from scfg.models.judge import WEIGHTS as JUDGE_WEIGHTS
+from scfg.models.embedded import EmbeddedModel
 from scfg.models.shapes import caption
+from scfg.models.shapes_judge import WEIGHTS as JUDGE_WEIGHTS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MATCHED = {"scale": "mean scale", "strength": "strength"}
@@ -33,7 +33,7 @@ SAMPLES = 8  # pages of single samples
 SAMPLE_SCALE, SAMPLE_STEPS = 2.5, 20
 
 
-def write_report(plan: Plan, folder: Path, model: ShapesModel, command: str) -> list[Path]:
+def write_report(plan: Plan, folder: Path, model: EmbeddedModel, command: str) -> list[Path]:
     """Write everything that the units of a plan, all done, say.
 
     Args:
@@ -185,7 +185,7 @@ def _pictures(plan: Plan, found: tables.Found) -> list[tuple[str, torch.Tensor]]
     ]
 
 
-def _examples(model: ShapesModel, times: Sequence[int] = (800, 500, 200)) -> list[dict]:
+def _examples(model: EmbeddedModel, times: Sequence[int] = (800, 500, 200)) -> list[dict]:
     """Columns of the segmentation figure: the first scenes with two objects, at falling noise."""
     indices = [i for i in range(64) if len(scene(i, PROMPTS).objects) == 2][:3]
     columns = []
@@ -204,7 +204,7 @@ def _examples(model: ShapesModel, times: Sequence[int] = (800, 500, 200)) -> lis
     return columns
 
 
-def _sample_pages(plan: Plan, folder: Path, model: ShapesModel) -> str:
+def _sample_pages(plan: Plan, folder: Path, model: EmbeddedModel) -> str:
     """Write one interactive page per sample, and link to them."""
     from scfg.drawing.page import page
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from scfg.evaluate.plan import make_plan
 from scfg.evaluate.report import write_report
 from scfg.evaluate.work import Plan, compute, prepare, units, work
-from scfg.models.embedded import WEIGHTS, load_shapes_model
-from scfg.models.judge import load_judge
+from scfg.models.embedded import SHAPES_WEIGHTS as WEIGHTS
+from scfg.models.embedded import load_model
+from scfg.models.shapes_judge import load_judge
 
 
 def run(options: argparse.Namespace) -> list[Path]:
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> list[Path]:
             share(plan, options.report, weights, rank, world, device, options.quiet)
             if rank > 0:
                 return []
-            model = load_shapes_model(weights, device)
+            model = load_model(weights, device)
             return write_report(plan, options.report, model, command(options))
 
 
@@ -54,7 +55,7 @@ def share(
     if rank == 0:
         prepare(plan, folder)
     _wait(device)
-    model, judge = load_shapes_model(weights, device), load_judge(device=device)
+    model, judge = load_model(weights, device), load_judge(device=device)
     total = len(units(plan)[rank::world])
     with tqdm(total=total, unit="unit", disable=quiet or rank > 0, file=sys.stderr) as bar:
         work(plan, folder, lambda unit: compute(unit, plan, model, judge), rank, world, bar.update)

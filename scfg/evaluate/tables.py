@@ -10,7 +10,7 @@ from scfg.evaluate.draw import METHODS
 from scfg.evaluate.metrics import mean
 from scfg.evaluate.regions import KINDS, variants
 from scfg.evaluate.work import Plan
-from scfg.models.embedded import ShapesModel
+from scfg.models.embedded import EmbeddedModel
 
 Found = dict[str, dict[str, Tensor]]  # of `scfg.evaluate.work.collect`
 
@@ -31,7 +31,7 @@ def region_rows(found: Found, plan: Plan) -> list[dict]:
     return rows
 
 
-def inconsistency_rows(found: Found, plan: Plan, model: ShapesModel) -> list[dict]:
+def inconsistency_rows(found: Found, plan: Plan, model: EmbeddedModel) -> list[dict]:
     """Spread of guidance over the true regions of real scenes, and over those found on the way."""
     rows = []
     for m, method in enumerate(METHODS):

@@ -20,9 +20,9 @@ from torch import Tensor
 from scfg.evaluate.draw import Point, draw, scene
 from scfg.evaluate.inconsistency import true_spread
 from scfg.evaluate.regions import probe, score
-from scfg.models.embedded import ShapesModel
-from scfg.models.judge import Judge, agreement, read
+from scfg.models.embedded import EmbeddedModel
 from scfg.models.shapes import render
+from scfg.models.shapes_judge import Judge, agreement, read
 
 PROMPTS, REFERENCE = 1, 2  # seeds of prompts and probed scenes, and of the reference
 SHOWN = 12  # images of each point that are kept
@@ -76,7 +76,7 @@ def units(plan: Plan) -> list[Unit]:
     ]
 
 
-def compute(unit: Unit, plan: Plan, model: ShapesModel, judge: Judge) -> dict[str, Tensor]:
+def compute(unit: Unit, plan: Plan, model: EmbeddedModel, judge: Judge) -> dict[str, Tensor]:
     """Results of one unit, on the CPU, first dimension the numbers of the unit."""
     indices = range(unit.first, unit.last)
     if unit.kind == "reference":

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
+from scfg.models import emoji, shapes
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.unet import UNet, UNetConfig
 from scfg.sampling import Schedule, scaled_linear
 
-WEIGHTS = Path(__file__).parent / "weights" / "unet-shapes.safetensors"
+FOLDER = Path(__file__).parent / "weights"
+WEIGHTS = FOLDER / "unet-emoji.safetensors"
+SHAPES_WEIGHTS = FOLDER / "unet-shapes.safetensors"
 PATCH = 4  # pixels per side of a latent
 CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is 16 x 16 and 8 x 8
 SCALE = 0.5  # latent per pixel value: less signal left at the last timestep than with 1
@@ -32,11 +35,16 @@ UNET = UNetConfig(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Topology of both networks; the context is `unet.cross_attention_dim` wide."""
+    """Topology of both networks and the words they know.
+
+    The context is `unet.cross_attention_dim` wide; words and length are those of `Tokenizer`.
+    """
 
     unet: UNetConfig = UNET
     text_layers: int = 2
     text_heads: int = 4
+    words: tuple[str, ...] = emoji.WORDS
+    length: int = emoji.LENGTH
 
 
 class EpsPredictor(nn.Module):
@@ -72,13 +80,13 @@ class EpsPredictor(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class ShapesModel:
+class EmbeddedModel:
     """Everything between a caption and a picture.
 
     Attributes:
         unet: ``(x, t, context) -> eps``, an `nn.Module`: what guidance wraps. Its grid is
             16 x 16 with attention there and at 8 x 8.
-        text_encoder: Tokens (b, 16) to context (b, 16, c).
+        text_encoder: Tokens (b, t) to context (b, t, c).
         tokenizer: Captions to tokens.
         schedule: The noise levels it was trained on.
         config: The constants of S-CFG that suit its grid.
@@ -97,7 +105,7 @@ class ShapesModel:
 
     @torch.no_grad()
     def encode(self, captions: str | Sequence[str]) -> Tensor:
-        """Context (b, 16, c) of one caption or several; "" is the unconditional one.
+        """Context (b, t, c) of one caption or several; "" is the unconditional one.
 
         Raises:
             ValueError: A word is not known, or a caption is too long.
@@ -118,19 +126,20 @@ def to_latents(images: Tensor) -> Tensor:
 
 def networks(config: ModelConfig = ModelConfig()) -> nn.ModuleDict:
     """The U-Net, which predicts x0, and the text encoder, with fresh weights."""
-    tokenizer, width = Tokenizer(), config.unet.cross_attention_dim
+    tokenizer, width = Tokenizer(config.words, config.length), config.unet.cross_attention_dim
     text_encoder = TextEncoder(
         len(tokenizer.vocabulary), tokenizer.length, width, config.text_layers, config.text_heads
     )
     return nn.ModuleDict({"unet": UNet(config.unet), "text_encoder": text_encoder})
 
 
-def assemble(parts: nn.ModuleDict) -> ShapesModel:
+def assemble(parts: nn.ModuleDict, config: ModelConfig = ModelConfig()) -> EmbeddedModel:
     """The usable model around the two networks, which it shares."""
     schedule = scaled_linear()
     unet = EpsPredictor(parts["unet"], schedule.alphas_cumprod)
     unet.to(next(parts.parameters()).device)
-    return ShapesModel(unet, parts["text_encoder"], Tokenizer(), schedule)
+    tokenizer = Tokenizer(config.words, config.length)
+    return EmbeddedModel(unet, parts["text_encoder"], tokenizer, schedule)
 
 
 def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path, **facts: str) -> None:
@@ -140,13 +149,11 @@ def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path, **facts:
     save_file(tensors, path, {"config": json.dumps(asdict(config)), **facts})
 
 
-def load_shapes_model(
-    path: str | Path = WEIGHTS, device: str | torch.device = "cpu"
-) -> ShapesModel:
-    """Load the embedded model, in float32 and for inference.
+def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -> EmbeddedModel:
+    """Load an embedded model, in float32 and for inference.
 
     Args:
-        path: A file of `save_weights`; by default the one shipped in the package.
+        path: A file of `save_weights`; by default the emoji scenes; `SHAPES_WEIGHTS`: shapes.
         device: Where to put it.
 
     Returns:
@@ -160,9 +167,11 @@ def load_shapes_model(
         config = json.loads(file.metadata()["config"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}
     config["unet"] = UNetConfig(**config["unet"])
+    config["words"] = tuple(config.get("words", shapes.WORDS))  # older files do not say
+    config.setdefault("length", shapes.LENGTH)
     parts = networks(ModelConfig(**config))
     parts.load_state_dict(weights)
-    return assemble(parts.eval().requires_grad_(False).to(device))
+    return assemble(parts.eval().requires_grad_(False).to(device), ModelConfig(**config))
 
 
 def _safetensors(module: str = ""):
@@ -170,6 +179,6 @@ def _safetensors(module: str = ""):
         import safetensors.torch
     except ImportError as error:
         raise RuntimeError(
-            "the shapes model needs safetensors: pip install 'scfg[generate]'"
+            "the embedded model needs safetensors: pip install 'scfg[generate]'"
         ) from error
     return getattr(safetensors, module) if module else safetensors

@@ -1,8 +1,7 @@
-"""The judge: a small network that reads colours, shapes, textures and layout back from an image.
+"""The judge: a small network that reads nouns, tints, sizes, count and ground back from an image.
 
-Colours are unique among the regions of a scene, so a scene is read colour by colour: is there a
-region of this colour, what is it (the background or a shape), and what is its texture? The layout
-is the colour of every 4 x 4 patch.
+The nouns of a scene differ, so a scene is read noun by noun: is there one, which tint has it, and
+how wide is it? Which noun each 4 x 4 patch shows is read first, and tells where to look.
 
 `scfg.models.judge_training` trains it and measures it on scenes it never saw.
 """
@@ -11,56 +10,78 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfg.models.shapes import COLOURS, SHAPES, TEXTURES, Scene, render, sample_scenes
+from scfg.models.emoji import (
+    COLOURS,
+    LARGEST,
+    NOUNS,
+    OBJECTS,
+    SMALLEST,
+    TEXTURES,
+    TINTS,
+    Scene,
+)
 
-WEIGHTS = Path(__file__).parent / "weights" / "judge-shapes.safetensors"
-NOUNS = ("absent", "background", *SHAPES)
-PATCH, GRID = 4, 16  # pixels per side of a patch, patches per side of an image
-MEASURED = 20_001  # seed of the scenes the judge is measured on; training has others
+WEIGHTS = Path(__file__).parent / "weights" / "judge-emoji.safetensors"
+CLASSES = ("ground", *NOUNS)  # of patches
+PATCH = 4  # pixels per side
+MIDDLE = (0.45, 0.55)  # a small object is below it, a large one above, as a share of what fits
 
 
 class Judge(nn.Module):
-    """Convolutions down to 8 x 8, read out on the patches that seem to have each colour.
+    """Convolutions down to 8 x 8, read out on the patches that seem to show each noun.
 
-    ``pooled_c = sum_x p_c(x) f(x) / sum_x p_c(x)``, p the colour probabilities of patches, f the
-    features; noun and texture are linear in pooled_c and the logarithm of the area of c.
+    ``pooled_n = sum_x p_n(x) f(x) / sum_x p_n(x)``, p the class probabilities of patches, f the
+    features; what is said of a noun is linear in pooled_n and the logarithm of its area.
     """
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 80) -> None:
         super().__init__()
         self.fine = nn.Sequential(  # 64 x 64 pixels to 16 x 16 patches
             nn.PixelUnshuffle(2), *_layer(12, width // 2), *_layer(width // 2, width, 2)
         )
         self.patches = nn.Sequential(*_layer(width, width))
-        self.coarse = nn.Sequential(*_layer(width, width, 2), *_layer(width, width))
-        self.colour = nn.Conv2d(width, len(COLOURS), 1)
-        self.readout = nn.Linear(2 * width + 1, len(NOUNS) + len(TEXTURES))
-        self.register_buffer("feature_mean", torch.zeros(2 * width))
-        self.register_buffer("feature_std", torch.ones(2 * width))
+        self.coarse = nn.Sequential(*_layer(width, 128, 2), *_layer(128, 128))
+        both = width + 128
+        self.classes = nn.Conv2d(both, len(CLASSES), 1)
+        self.density = nn.Conv2d(both, 1, 1)
+        nn.init.constant_(self.density.bias, -4.5)  # about 3 objects
+        self.readout = nn.Linear(both + 1, 2 + 1 + len(TINTS))  # there, width, tint
+        self.ground = nn.Linear(both, len(COLOURS) + len(TEXTURES))
+        self.register_buffer("feature_mean", torch.zeros(both))
+        self.register_buffer("feature_std", torch.ones(both))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Read images (b, 3, 64, 64) in [-1, 1].
 
         Returns:
-            Logits of colours (b, 6, 16, 16), nouns (b, 6, 6) and textures (b, 6, 3), by colour, and
-            features (b, 128), the spatial means of both resolutions, of unit scale on real scenes.
+            "patches" (b, 57, 16, 16), "there" (b, 56), "tint" (b, 56, 5), "colour" (b, 8) and
+            "texture" (b, 3) logits; "width" (b, 56) in units of 16 pixels; "count" (b,), the number
+            of objects; "features" (b, 208), spatial means of unit scale on real scenes.
         """
         fine = self.patches(self.fine(images))  # (b, width, 16, 16)
-        coarse = self.coarse(fine)  # (b, width, 8, 8)
-        colour = self.colour(fine)
+        coarse = self.coarse(fine)  # (b, 128, 8, 8)
         both = torch.cat([fine, F.interpolate(coarse, scale_factor=2.0)], dim=1)
-        share = colour.softmax(dim=1).flatten(2)  # (b, 6, n)
-        area = share.sum(dim=-1, keepdim=True)  # (b, 6, 1)
-        pooled = share @ both.flatten(2).mT / (area + 0.1)  # (b, 6, 2 width)
-        logits = self.readout(torch.cat([pooled, (area + 0.1).log()], dim=-1))
-        noun, texture = logits.split((len(NOUNS), len(TEXTURES)), dim=-1)
-        features = torch.cat([fine.mean(dim=(2, 3)), coarse.mean(dim=(2, 3))], dim=1)
-        return colour, noun, texture, (features - self.feature_mean) / self.feature_std
+        patches = self.classes(both).float()
+        share = patches.softmax(dim=1).flatten(2)  # (b, 57, n)
+        area = share.sum(dim=-1, keepdim=True)  # (b, 57, 1)
+        pooled = share @ both.float().flatten(2).mT / (area + 0.1)  # (b, 57, both)
+        said = self.readout(torch.cat([pooled, (area + 0.1).log()], dim=-1)[:, 1:]).float()
+        ground = self.ground(pooled[:, 0]).float()
+        features = both.float().mean(dim=(2, 3))
+        return {
+            "patches": patches,
+            "there": said[..., 0],
+            "width": said[..., 1],
+            "tint": said[..., 2:],
+            "colour": ground[:, : len(COLOURS)],
+            "texture": ground[:, len(COLOURS) :],
+            "count": F.softplus(self.density(both).float()).sum(dim=(1, 2, 3)),
+            "features": (features - self.feature_mean) / self.feature_std,
+        }
 
 
 def _layer(inside: int, outside: int, stride: int = 1) -> tuple[nn.Module, ...]:
@@ -70,130 +91,90 @@ def _layer(inside: int, outside: int, stride: int = 1) -> tuple[nn.Module, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What the judge sees in b images; colours and textures in the order of `scfg.models.shapes`.
+    """What is in b images, on the CPU: seen by the judge, or told by scenes.
 
     Attributes:
-        noun: (b, 6) int64, what is of each colour, an index of `NOUNS`.
-        texture: (b, 6) int64, the texture of it; meaningless where absent.
-        layout: (b, 16, 16) int64, colour of each patch.
-        features: (b, 128) float32, for distances between sets of images.
+        there: (b, 56) bool, which of `scfg.models.emoji.NOUNS`.
+        tint: (b, 56) int64, 0 for none, else 1 + its place in `TINTS`; meaningless where absent.
+        width: (b, 56) in pixels, likewise.
+        count: (b,) int64, number of objects.
+        colour: (b,) int64, of the ground.
+        texture: (b,) int64, of the ground.
     """
 
-    noun: Tensor
+    there: Tensor
+    tint: Tensor
+    width: Tensor
+    count: Tensor
+    colour: Tensor
     texture: Tensor
-    layout: Tensor
-    features: Tensor
 
 
 @torch.no_grad()
-def read(judge: Judge, images: Tensor) -> Reading:
-    """Read images (b, 3, 64, 64) in [-1, 1]; the result is on the CPU."""
-    colour, noun, texture, features = judge(images.to(judge.feature_mean.device))
-    found = (noun.argmax(-1), texture.argmax(-1), colour.argmax(1), features)
-    return Reading(*(x.cpu() for x in found))
+def read(judge: Judge, images: Tensor) -> tuple[Reading, Tensor]:
+    """What the judge sees in images (b, 3, 64, 64) in [-1, 1], and their features (b, 208)."""
+    out = {k: v.cpu() for k, v in judge(images.to(judge.feature_mean.device)).items()}
+    names = ("tint", "colour", "texture")
+    best = {name: out[name].argmax(-1) for name in names}
+    count = out["count"].round().long()
+    return Reading(out["there"] > 0, width=out["width"] * 16, count=count, **best), out["features"]
 
 
-def truth(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """Noun and texture of every colour, as in `Reading`; texture 0 where absent."""
-    names = tuple(COLOURS)
-    noun = torch.zeros(len(scenes), len(names), dtype=torch.int64)
-    texture = torch.zeros_like(noun)
+def truth(scenes: Sequence[Scene]) -> Reading:
+    """What scenes say."""
+    nouns, colours = tuple(NOUNS), tuple(COLOURS)
+    there = torch.zeros(len(scenes), len(nouns), dtype=torch.bool)
+    tint = torch.zeros(there.shape, dtype=torch.int64)
+    width = torch.zeros(there.shape)
     for i, scene in enumerate(scenes):
-        for region in scene.regions:
-            noun[i, names.index(region.colour)] = NOUNS.index(region.noun)
-            texture[i, names.index(region.colour)] = TEXTURES.index(region.texture)
-    return noun, texture
+        for one in scene.objects:
+            place = nouns.index(one.noun)
+            there[i, place], width[i, place] = True, one.size
+            tint[i, place] = 1 + TINTS.index(one.colour) if one.colour else 0
+    grounds = [scene.background for scene in scenes]
+    colour = torch.tensor([colours.index(ground.colour) for ground in grounds])
+    texture = torch.tensor([TEXTURES.index(ground.texture) for ground in grounds])
+    return Reading(there, tint, width, there.sum(1), colour, texture)
+
+
+def agreement(reading: Reading, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """What of each caption an image carries, float32: 1 right, 0 wrong, NaN where not asked.
+
+    Returns:
+        By object in the order of the caption, (b, 4): "found", it is there; "bound", it is there
+        and has the tint or the size that is said, asked of those only of which one is said. By
+        image, (b,): "count", as many objects as said; "clean", no other noun; "ground", its colour
+        and texture; "all", all of that.
+    """
+    nouns = tuple(NOUNS)
+    found = torch.full((len(scenes), OBJECTS), torch.nan)
+    bound = found.clone()
+    for i, scene in enumerate(scenes):
+        room = LARGEST[len(scene.objects) - 1] - SMALLEST
+        for j, one in enumerate(scene.objects):
+            place = nouns.index(one.noun)
+            found[i, j] = reading.there[i, place]
+            share = (reading.width[i, place].item() - SMALLEST) / room
+            if one.colour:
+                right = reading.tint[i, place].item() == 1 + TINTS.index(one.colour)
+            elif one.size_word:
+                right = share < MIDDLE[1] if one.size_word == "small" else share > MIDDLE[0]
+            else:
+                continue
+            bound[i, j] = right and bool(found[i, j])
+    told = truth(scenes)
+    whole = {
+        "count": (reading.count == told.count).float(),
+        "clean": (~(reading.there & ~told.there).any(1)).float(),
+        "ground": ((reading.colour == told.colour) & (reading.texture == told.texture)).float(),
+    }
+    everything = [found.nan_to_num(1).amin(1), bound.nan_to_num(1).amin(1), *whole.values()]
+    return {"found": found, "bound": bound, **whole, "all": torch.stack(everything).amin(0)}
 
 
 def patch_regions(masks: Tensor) -> Tensor:
     """Region that has most pixels of each patch, (b, 16, 16) int64 of masks (b, r, 64, 64)."""
     return F.avg_pool2d(masks.float(), PATCH).argmax(dim=1)
-
-
-def agreement(reading: Reading, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """Share of each scene's attributes that the images carry, each (b,) float32 in [0, 1].
-
-    "colour": regions whose colour is there, as an object or as the background, as described.
-    "shape": objects that have their colour and shape. "texture": regions that have their colour and
-    texture. "alignment": all of these attributes together. "clean": 1 if there is no other colour.
-    "all": 1 if nothing is wrong.
-    """
-    noun, texture = truth(scenes)
-    told, seen = noun > 0, reading.noun > 0
-    colour = told & seen & ((noun == 1) == (reading.noun == 1))
-    shape, objects = colour & (noun == reading.noun) & (noun > 1), noun > 1
-    same_texture = colour & (texture == reading.texture)
-
-    def count(x: Tensor) -> Tensor:
-        return x.sum(dim=1).float()
-
-    right = count(colour) + count(shape) + count(same_texture)
-    asked = 2 * count(told) + count(objects)
-    clean = ~(seen & ~told).any(dim=1)
-    return {
-        "colour": count(colour) / count(told),
-        "shape": count(shape) / count(objects),
-        "texture": count(same_texture) / count(told),
-        "alignment": right / asked,
-        "clean": clean.float(),
-        "all": (clean & (right == asked)).float(),
-    }
-
-
-def measure(judge: Judge, count: int = 4096, seed: int = MEASURED) -> dict[str, float]:
-    """Share of attributes read right on clean real scenes.
-
-    Args:
-        judge: The judge.
-        count: Number of scenes.
-        seed: Of the scenes.
-
-    Returns:
-        Means of `agreement`; "place", the share of objects whose centre of mass is found within 3
-        pixels; "layout", the share of patches that have the right colour.
-    """
-    scenes = sample_scenes(count, np.random.default_rng(seed))
-    sums: dict[str, float] = {}
-    for begin in range(0, count, 256):
-        part = scenes[begin : begin + 256]
-        images, masks = render(part)
-        reading = read(judge, images)
-        values = agreement(reading, part)
-        values["layout"] = (layouts(part, masks) == reading.layout).float().mean(dim=(1, 2))
-        values["place"] = _places_found(reading, part, masks)
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.sum().item() / count
-    return {name: round(value, 5) for name, value in sums.items()}
-
-
-def region_colours(scenes: Sequence[Scene]) -> Tensor:
-    """Colour of first object, second object (else the first again) and background, (b, 3) int64."""
-    names = tuple(COLOURS)
-    rows = [(scene.objects[0], scene.objects[-1], scene.background) for scene in scenes]
-    return torch.tensor([[names.index(region.colour) for region in row] for row in rows])
-
-
-def layouts(scenes: Sequence[Scene], masks: Tensor) -> Tensor:
-    """Colour of each patch, (b, 16, 16) int64, of scenes and their masks from `render`."""
-    regions = patch_regions(masks)
-    return region_colours(scenes).gather(1, regions.flatten(1)).view_as(regions)
-
-
-def _places_found(reading: Reading, scenes: Sequence[Scene], masks: Tensor) -> Tensor:
-    """Share of each scene's objects that the layout puts where they are, (b,)."""
-    there = masks[:, :2].any(dim=3).any(dim=2)  # (b, 2)
-    colours = region_colours(scenes)[:, :2, None, None]  # (b, 2, 1, 1)
-    seen = _centres(reading.layout[:, None] == colours)
-    near = (seen - _centres(masks[:, :2])).norm(dim=-1) <= 3
-    return (near & there).sum(dim=1) / there.sum(dim=1)
-
-
-def _centres(masks: Tensor) -> Tensor:
-    """Centre of mass in pixels of the image, (..., 2), of masks (..., n, n)."""
-    n = masks.shape[-1]
-    position = (torch.arange(n) + 0.5) * (PATCH * GRID / n)
-    weights = torch.stack([masks.sum(dim=-1), masks.sum(dim=-2)], dim=-2).float()  # (..., 2, n)
-    return (weights * position).sum(dim=-1) / weights.sum(dim=-1).clamp_min(1)
 
 
 def load_judge(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -> Judge:

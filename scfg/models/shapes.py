@@ -30,6 +30,8 @@ COLOURS = {
     "purple": (0.65, 0.20, 0.75),
 }
 TEXTURES = ("plain", "striped", "checkered")
+WORDS = ("a", "and", "on", "background", *SHAPES, *COLOURS, *TEXTURES[1:])  # plain is not said
+LENGTH = 16  # tokens of the longest caption, with START and END
 DARK = 0.45  # brightness of the dark half of a texture
 MIN_SIZE, MAX_SIZE = 18.0, 30.0  # width of an object in pixels
 GAP, MARGIN = 2.0, 1.0  # pixels between two objects, and between an object and the border

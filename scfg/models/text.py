@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfg.models.shapes import COLOURS, SHAPES, TEXTURES
-
 START, END = "<start>", "<end>"
-WORDS = ("a", "and", "on", "background", *SHAPES, *COLOURS, *TEXTURES[1:])  # plain is not said
 
 
 @dataclass(frozen=True)
@@ -19,11 +16,11 @@ class Tokenizer:
 
     Attributes:
         words: The known words.
-        length: Tokens of every encoded caption; the longest caption of a scene needs all 16.
+        length: Tokens of every encoded caption, longer than the longest.
     """
 
-    words: tuple[str, ...] = WORDS
-    length: int = 16
+    words: tuple[str, ...]
+    length: int
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -67,8 +64,8 @@ class Tokenizer:
     def phrase_spans(self, caption: str) -> tuple[tuple[int, int], ...]:
         """Token positions of the phrases that name regions, each without its article.
 
-        A phrase is what follows an "a", up to "and", "on" or the end: the phrases of a scene's
-        caption stand in the order of `Scene.regions`.
+        A phrase is what follows an "a" or "an", up to "and", "on" or the end: the phrases of a
+        scene's caption stand in the order of `Scene.regions`.
 
         Args:
             caption: A caption.
@@ -80,9 +77,9 @@ class Tokenizer:
             ValueError: As in `__call__`.
         """
         tokens = self.tokens(caption)
-        starts = [i + 1 for i, token in enumerate(tokens) if token == "a"]
+        starts = [i + 1 for i, token in enumerate(tokens) if token in ("a", "an")]
         ends = [
-            next(i for i in range(start, self.length) if tokens[i] in ("a", "and", "on", END))
+            next(i for i in range(start, self.length) if tokens[i] in ("a", "an", "and", "on", END))
             for start in starts
         ]
         return tuple(zip(starts, ends, strict=True))

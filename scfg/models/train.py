@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scfg.models.embedded import WEIGHTS, assemble, save_weights
-from scfg.models.shapes import caption, sample_scenes
+from scfg.models.emoji import caption, sample_scenes
 from scfg.models.training import Plan, Trainer
 from scfg.sampling import ddim
 
@@ -31,7 +31,7 @@ def preview(trainer: Trainer, path: Path, count: int = 16, guidance_scale: float
     """
     from PIL import Image
 
-    model = assemble(trainer.ema)
+    model = assemble(trainer.ema, trainer.plan.model)
     captions = [caption(scene) for scene in sample_scenes(count, np.random.default_rng(1))]
     context = torch.cat([model.encode([""] * count), model.encode(captions)])
 

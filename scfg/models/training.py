@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scfg.models.embedded import ModelConfig, networks, to_latents
-from scfg.models.shapes import caption, render, sample_scenes
+from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.text import Tokenizer
 from scfg.models.unet import UNetConfig
 from scfg.sampling import scaled_linear
@@ -62,7 +62,8 @@ class Trainer:
             self.parts.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.predict = torch.compile(self._predict) if compile else self._predict
-        self.tokenizer, self.abar = Tokenizer(), scaled_linear().alphas_cumprod.to(device)
+        self.tokenizer = Tokenizer(plan.model.words, plan.model.length)
+        self.abar = scaled_linear().alphas_cumprod.to(device)
         self.steps, self.seconds = 0, 0.0
         self.rank, self.world = 0, 1
         if dist.is_initialized():
@@ -175,6 +176,8 @@ class Trainer:
         tensors = load_file(folder / numbers["tensors"])
         model = numbers["plan"].pop("model")
         model["unet"] = UNetConfig(**model["unet"])
+        if "words" in model:
+            model["words"] = tuple(model["words"])
         trainer = cls(Plan(**numbers["plan"], model=ModelConfig(**model)), device, compile)
         with torch.no_grad():
             for name, p in trainer.parts.named_parameters():

@@ -98,6 +98,11 @@ class Run:
         """Whether regions are found on a step on which S-CFG acts: attention is to be recorded."""
         return self._regions is None or (step - self._window(steps)[0]) % self.every == 0
 
+    @property
+    def regions(self) -> Regions | None:
+        """Those that are kept."""
+        return self._regions
+
     def keep(self, regions: Regions) -> None:
         """Regions from now on."""
         self._regions = regions

@@ -1,57 +1,79 @@
-"""A U-Net that remembers the attention of its last call, and guides by it."""
+"""A network that remembers the attention of its last call."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, Regions, find_regions, guide_regions
+from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
 from scfg.recording.recorder import AttentionLayer, AttentionRecorder
+from scfg.recording.replayed import TransformerRecorder
 
 
-class UNetWrapper:
-    """A U-Net that remembers the attention of its last call: same call, same output, bit for bit.
+class Recorder:
+    """A network that remembers the attention of its last call: same call, same output, bit for bit.
 
-        with UNetWrapper(unet) as unet:
+        with Recorder(unet) as unet:
             eps_uncond, eps_text = unet(torch.cat([x, x]), t, context).chunk(2)
             eps = unet.guide(eps_uncond, eps_text, guidance_scale=7.5).eps
+
+    The same lines hold for a transformer, whose predictions `guide` takes and gives in the form in
+    which the model returns them (packed, lists, with a variance).
 
     The two branches may also be two calls. Whether they arrive as rows or as calls, ``order`` says
     which comes first; calls may differ in their number of tokens.
 
     Args:
-        unet: Any U-Net with transformer blocks (see `scfg.recording.blocks`), or a torch.compile of
-            one that has not run yet. Its first 4-D tensor argument is the latent.
+        model: A U-Net with transformer blocks (see `scfg.recording.hooks`), whose first 4-D tensor
+            argument is the latent; or a transformer (see `scfg.recording.layouts`); or a
+            torch.compile of one, that has not run yet.
         config: Constants.
         backend: See `scfg.ops`.
         order: ``("uncond", "text")`` or ``("text", "uncond")``.
         keep_maps: Keep the maps of the last call's layers, for `attention`.
+        layout: Row of a transformer whose class is not in the table.
+
+    Attributes:
+        words: Of a transformer: (t,) or (rows, t), the word of the prompt that each column of the
+            text belongs to, see `TransformerRecorder.start`; None: each is one.
 
     Raises:
-        ValueError: No transformer block found, or bad order.
+        ValueError: No transformer block found, no layout, or bad order.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         config: SCFGConfig = SCFGConfig(),  # noqa: B008  (frozen)
         backend: str = "auto",
         order: tuple[str, str] = ("uncond", "text"),
         keep_maps: bool = False,
+        layout: Layout | None = None,
     ):
         if sorted(order) != ["text", "uncond"]:
             raise ValueError(f"order must be ('uncond', 'text') or its reverse, got {order!r}")
-        self.unet, self.config, self.backend, self.order = unet, config, backend, tuple(order)
-        self._recorder = AttentionRecorder(unet, config, backend, keep_maps)
+        self.model, self.config, self.backend, self.order = model, config, backend, tuple(order)
+        self.words: Tensor | None = None
+        layout = find_layout(model) if layout is None else layout
+        if layout is None:
+            self._recorder = AttentionRecorder(model, config, backend, keep_maps)
+        else:
+            self._recorder = TransformerRecorder(model, config, backend, keep_maps, layout)
+        self.layout = layout
         self._calls: list[Evidence] = []
 
     def __call__(self, *args, **kwargs):
-        """Call the U-Net and record it.
+        """Call the network and record it.
 
         Raises:
             RuntimeError: Not every attention module was seen once (see `AttentionRecorder.finish`).
         """
+        if self.layout is not None:
+            self._recorder.start(args, kwargs, self.words)
+            return self._finish(lambda: self.model(*args, **kwargs))
         sample = next(
             (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4), None
         )
@@ -59,10 +81,10 @@ class UNetWrapper:
             raise ValueError(
                 "the U-Net must be called with a latent (b, c, H, W), got no 4-D tensor"
             )
-        return self.record(sample, lambda: self.unet(*args, **kwargs))
+        return self.record(sample, lambda: self.model(*args, **kwargs))
 
     def record(self, sample: Tensor, call: Callable[[], object]):
-        """Record the U-Net inside ``call()``, which runs it once on a latent of sample's size.
+        """Record the network inside ``call()``, which runs it once on a latent of sample's size.
 
         Returns:
             What ``call()`` returns.
@@ -70,7 +92,21 @@ class UNetWrapper:
         Raises:
             RuntimeError: As a call of the wrapper does.
         """
-        self._recorder.start(sample)
+        if self.layout is None:
+            self._recorder.start(sample)
+            return self._finish(call)
+
+        def start(model, args, kwargs):
+            self._recorder.start(args, kwargs, self.words)
+
+        hook = self.model.register_forward_pre_hook(start, with_kwargs=True)
+        try:
+            return self._finish(call)
+        finally:
+            hook.remove()
+
+    def _finish(self, call: Callable[[], object]):
+        """What a call that has been started returns."""
         try:
             output = call()
             self._calls = [*self._calls[-1:], self._recorder.finish()]
@@ -84,6 +120,22 @@ class UNetWrapper:
     def attention(self) -> list[AttentionLayer]:
         """Layers of the last call in forward order, with their maps if ``keep_maps``."""
         return self._recorder.layers if self._calls else []
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the last call says.
+
+        Raises:
+            RuntimeError: None is recorded.
+        """
+        if not self._calls:
+            raise RuntimeError("no call is recorded")
+        return self._calls[-1]
+
+    @property
+    def grid(self) -> Grid | None:
+        """(f, h, w) of the patches of a transformer's last call; None for a U-Net."""
+        return None if self.layout is None else self._recorder.grid
 
     def regions(self, b: int) -> Regions:
         """Regions of b images by what the call, or the two calls, for them recorded.
@@ -118,8 +170,8 @@ class UNetWrapper:
         """S-CFG of two predictions by what the call, or the two calls, that made them recorded.
 
         Args:
-            eps_uncond: (b, c, H, W).
-            eps_text: (b, c, H, W).
+            eps_uncond: (b, c, H, W); of a transformer, b rows in the form that it returns.
+            eps_text: The same form.
             guidance_scale: Float or (b,) tensor, > 0.
             token_weights: (t,) or (b, t) multiplies the rate of each token's region, or None.
 
@@ -129,23 +181,33 @@ class UNetWrapper:
         Raises:
             RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
         """
-        return guide_regions(
+        like = eps_text
+        if self.layout is not None:
+            grid = self._recorder.grid
+            eps_uncond, eps_text = (unpack(x, self.layout, grid) for x in (eps_uncond, eps_text))
+        guided = guide_regions(
             eps_uncond,
             eps_text,
-            self.regions(eps_text.shape[0]),
+            self.regions(len(like)),
             guidance_scale,
             self.config,
             self.backend,
             token_weights,
         )
+        if self.layout is None:
+            return guided
+        return replace(guided, eps=repack(guided.eps, like, self.layout, grid))
 
     def remove(self) -> None:
-        """Leave the U-Net exactly as it was found."""
+        """Leave the network exactly as it was found."""
         self._recorder.remove()
         self._calls = []
 
-    def __enter__(self) -> "UNetWrapper":
+    def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_) -> None:
         self.remove()
+
+
+UNetWrapper = Recorder  # its name among U-Nets

@@ -5,9 +5,8 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.latest import ComfyExtension, io
 
 from scfg.adapters.comfyui.regions import clip_weights, draw, parse_phrases
-from scfg.adapters.comfyui.run import KEY, ComfyRun
+from scfg.adapters.comfyui.run import KEY, ComfyRun, check_unet
 from scfg.config import PROPAGATIONS, SCFGConfig
-from scfg.recording.blocks import find_blocks
 
 PRE_CFG = "sampler_pre_cfg_function"
 
@@ -23,9 +22,9 @@ def patch(model, run: ComfyRun):
         ModelPatcher.
 
     Raises:
-        ValueError: The model has no transformer block, see `scfg.recording.blocks`.
+        ValueError: The model is no U-Net, or has no transformer block.
     """
-    find_blocks(model.model.diffusion_model)
+    check_unet(model.model.diffusion_model)
     model = model.clone()
 
     def predict(executor, inner, conds, x, sigma, model_options):

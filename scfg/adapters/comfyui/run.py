@@ -19,12 +19,28 @@ from scfg.adapters.comfyui.regions import Part, compose
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided
+from scfg.recording.blocks import find_blocks
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
 
 KEY = "semantic_cfg"
 CHUNK = 77  # tokens that CLIP reads at a time, START first
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end", "default")  # of a prompt
+
+
+def check_unet(model: nn.Module) -> None:
+    """Raise unless ComfyUI's diffusion model is one whose attention can be recorded.
+
+    Raises:
+        ValueError: It is no U-Net, or has no transformer block.
+    """
+    if not hasattr(model, "input_blocks"):
+        raise ValueError(
+            f"{type(model).__name__} is not a U-Net: Semantic-aware CFG does not record ComfyUI's "
+            "transformers (SD3, Flux, Qwen-Image, Lumina, Z-Image, Wan, ...) yet, and would be "
+            "plain CFG. Take the node out, or use diffusers"
+        )
+    find_blocks(model)
 
 
 class ComfyRun:
