@@ -13,6 +13,7 @@ import torch
 from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS, SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
+from scfg.files import write_text, write_whole
 from scfg.models.embedded import load_model
 
 
@@ -122,14 +123,14 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
 
     sampler = SAMPLERS[options.sampler]
     how = f"{options.steps} {sampler} steps \u00b7 guidance scale {options.guidance_scale:g}"
-    panel(images, shown_step(options.steps), how).save(options.out)
+    write_whole(options.out, panel(images, shown_step(options.steps), how).save)
     written = [options.out]
     for image in images if options.trace else []:
         result = image[methods[-1]]
         written.append(options.trace / f"seed{result.seeds[0]}.png")
-        strip(result, how).save(written[-1])
+        write_whole(written[-1], strip(result, how).save)
     if options.html:
-        options.html.write_text(page(images, how), encoding="utf-8")
+        write_text(options.html, page(images, how))
         written.append(options.html)
     return written
 

@@ -1,6 +1,6 @@
 """CFG and S-CFG as functions of two predictions."""
 
-import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -58,16 +58,32 @@ class Guided:
     rule: str = ""
 
 
+def check_scale(guidance_scale: float | Tensor) -> None:
+    """Raise unless a guidance scale is a tensor, or a number > 0 that float32 can hold.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It is out of range.
+    """
+    if isinstance(guidance_scale, Tensor):
+        return
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+        raise TypeError(f"guidance_scale must be a number or a tensor, got {guidance_scale!r}")
+    kept = torch.finfo(torch.float32)
+    if not kept.tiny <= guidance_scale <= kept.max:
+        raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
+
+
 def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> Tensor:
     """The guidance scale as a (b,) float32 tensor on the device of eps.
 
     Raises:
+        TypeError: It is no number and no tensor.
         ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
     """
     b = eps.shape[0]
+    check_scale(guidance_scale)
     if not isinstance(guidance_scale, Tensor):
-        if not (math.isfinite(guidance_scale) and guidance_scale > 0):
-            raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
         return torch.full((b,), float(guidance_scale), device=eps.device)
     if guidance_scale.shape not in ((), (b,)):
         raise ValueError(
@@ -186,11 +202,19 @@ def guide_regions(
         Guided.
 
     Raises:
-        ValueError: The regions are those of another batch or size.
+        TypeError: token_weights is not a tensor of real numbers.
+        ValueError: The regions are those of another batch or size, or token_weights are not finite
+            and > 0 (checked on a CPU only).
     """
     factor = _pixels_per_patch(eps_text, regions.labels)
     scale = as_scale(guidance_scale, eps_text)
     if token_weights is not None:
+        ops.check_weights(token_weights)
+        if token_weights.shape not in ((regions.tokens,), (len(eps_text), regions.tokens)):
+            raise ValueError(
+                f"token_weights must be ({regions.tokens},) or ({len(eps_text)}, {regions.tokens}),"
+                f" got {tuple(token_weights.shape)}"
+            )
         token_weights = token_weights.to(eps_text.device, torch.float32)
         token_weights = token_weights.expand(eps_text.shape[0], -1)
     frames = eps_text.shape[2] if eps_text.dim() == 5 else 1

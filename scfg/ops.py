@@ -41,6 +41,17 @@ def _finite(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity in batch rows {bad}")
 
 
+def check_weights(x: Tensor, name: str = "token_weights") -> None:
+    """Raise unless x is a tensor of factors: real numbers, on a CPU finite and > 0 each."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers, got {x.dtype}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (torch.isfinite(x) & (x > 0)).all():
+            raise ValueError(f"{name} must be finite and > 0, got {x.flatten().tolist()}")
+
+
 def _floating(x: Tensor, name: str) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}")
@@ -116,6 +127,10 @@ def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation
     b, n, _ = columns.shape
     _shape(self_map, "self_map", b, n, n)
     _floating(self_map, "self_map")
+    if self_map.dtype != columns.dtype:
+        raise TypeError(
+            f"self_map and {name} must have one dtype, got {self_map.dtype} and {columns.dtype}"
+        )
 
 
 def propagate(
@@ -179,7 +194,10 @@ def segment(
             f"got {len(tokens)}, {len(start)} and {len(factors)}"
         )
     for name, levels in (("tokens", tokens), ("start", start)):
+        _shape(levels[0], f"{name}[0]", "b", "n", "t+1")
         for level, (x, factor) in enumerate(zip(levels, factors, strict=True)):
+            if factor < 1:
+                raise ValueError(f"factors[{level}] must be >= 1, got {factor}")
             n = -(-h // factor) * -(-w // factor)
             _shape(x, f"{name}[{level}]", tokens[0].shape[0], n, levels[0].shape[2])
             _finite(x, f"{name}[{level}] (evidence of the attention maps)")
@@ -204,11 +222,18 @@ def check_predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
         _finite(x, name)
 
 
-def _check_labels(eps_text: Tensor, labels: Tensor, factor: int) -> None:
+def _check_labels(eps_text: Tensor, labels: Tensor, factor: int, tokens: int) -> None:
     b, _, height, width = eps_text.shape
+    if factor < 1:
+        raise ValueError(f"factor must be >= 1, got {factor}")
     _shape(labels, "labels", b, -(-height // factor), -(-width // factor))
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not 0 <= labels.min() <= labels.max() < tokens:
+            raise ValueError(
+                f"labels must be in [0, {tokens}), got {labels.min():d} to {labels.max():d}"
+            )
 
 
 def region_sums(
@@ -222,7 +247,7 @@ def region_sums(
 ) -> Tensor:
     """Sums of the guidance norm over regions, see `scfg.reference.region_sums`."""
     check_predictions(eps_uncond, eps_text)
-    _check_labels(eps_text, labels, factor)
+    _check_labels(eps_text, labels, factor, tokens)
     _shape(foreground, "foreground", *labels.shape)
     return backends.run(
         "region_sums",
@@ -252,11 +277,12 @@ def guide(
 ) -> tuple[Tensor, Tensor]:
     """Rates of the regions and the guided prediction, see `scfg.reference.guide`."""
     check_predictions(eps_uncond, eps_text)
-    _check_labels(eps_text, labels, factor)
     b = eps_uncond.shape[0]
     _shape(sums, "sums", b, "p", "t+1", 2)
+    _check_labels(eps_text, labels, factor, sums.shape[2] - 1)
     _shape(guidance_scale, "guidance_scale", b)
     if token_weights is not None:
+        check_weights(token_weights)
         _shape(token_weights, "token_weights", b, sums.shape[2] - 1)
     return backends.run(
         "guide",

@@ -176,8 +176,8 @@ def test_maps_are_those_of_the_networks_own_softmax(trait, delegates):
         assert unet.guide(*output.chunk(2), 5.0).labels.unique().numel() > 1
     assert torch.equal(output, plain)
     own, text = net.block.attn1.probabilities, net.block.attn2.probabilities
-    assert_close(actual=layer.self_map, expected=own, atol=1e-5)
-    assert_close(actual=layer.cross_map, expected=text, atol=1e-5)
+    assert_close(actual=layer.self_map, expected=own, share=1e-5)
+    assert_close(actual=layer.cross_map, expected=text, share=1e-5)
     assert hooks(net) == 0
 
 

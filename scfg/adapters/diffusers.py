@@ -21,7 +21,7 @@ from scfg.adapters.around import around, is_marked, mark
 from scfg.adapters.formula import Formula
 from scfg.adapters.pipelines import attach_transformers, transformers_of
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided, find_regions
+from scfg.guidance import Guided, check_scale, find_regions
 from scfg.recording.phrases import phrase_weights
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
@@ -87,6 +87,8 @@ def attach(
     if tells == (guidance_scale is not None):
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
+    if guidance_scale is not None:
+        check_scale(guidance_scale)
     attached = _Attached(pipe, guidance_scale, run, token_weights, observe)
     try:
         attached.add(unet)
