@@ -123,16 +123,26 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
 
     sampler = SAMPLERS[options.sampler]
     how = f"{options.steps} {sampler} steps \u00b7 guidance scale {options.guidance_scale:g}"
-    write_whole(options.out, panel(images, shown_step(options.steps), how).save)
+    _save(panel(images, shown_step(options.steps), how), options.out)
     written = [options.out]
     for image in images if options.trace else []:
         result = image[methods[-1]]
         written.append(options.trace / f"seed{result.seeds[0]}.png")
-        write_whole(written[-1], strip(result, how).save)
+        _save(strip(result, how), written[-1])
     if options.html:
         write_text(options.html, page(images, how))
         written.append(options.html)
     return written
+
+
+def _save(image, path: Path) -> None:
+    """Write a picture whole, in the format that its name asks for."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"--out must end in .png, got {path}")
+    write_whole(path, partial(image.save, format=kind))
 
 
 def run_evaluate(options: argparse.Namespace) -> list[Path]:

@@ -14,10 +14,10 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: The file; what it held stays, whatever goes wrong.
-        write: Writes the file that it is given, of the same folder and suffix.
+        write: Writes the file that it is given, in the same folder.
     """
     path = Path(path)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         write(aside)
         with open(aside, "rb+") as file:

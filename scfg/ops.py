@@ -17,6 +17,8 @@ from torch import Tensor
 
 from scfg import backends
 
+LARGEST = 1e18  # magnitude of a prediction whose norm is taken in float32
+
 
 def _shape(x: Tensor, name: str, *expected: int | str) -> None:
     """Raise unless x is a floating tensor of the given sizes; a letter stands for any size."""
@@ -188,6 +190,9 @@ def segment(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels and foreground from the evidence of all levels, see `scfg.reference.segment`."""
+    for name, value in (("tokens", tokens), ("start", start), ("factors", factors)):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list, one entry a level, got {type(value).__name__}")
     if not tokens or not len(tokens) == len(start) == len(factors):
         raise ValueError(
             "tokens, start and factors must have one entry per level, at least one, "
@@ -214,12 +219,18 @@ def check_map(x: Tensor, name: str, b: int, n: int | str = "n", m: int | str = "
 
 
 def check_predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
-    """Raise unless both are finite floating point tensors of one shape (b, c, H, W)."""
+    """Raise unless both are finite floating point tensors of one shape (b, c, H, W).
+
+    On a CPU they are also refused above `LARGEST`, where float32 has no room for their squares.
+    """
     _shape(eps_text, "eps_text", "b", "c", "H", "W")
     _shape(eps_uncond, "eps_uncond", *eps_text.shape)
     for name, x in (("eps_uncond", eps_uncond), ("eps_text", eps_text)):
         _floating(x, name)
         _finite(x, name)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if x.dtype != torch.float64 and x.abs().amax() > LARGEST:
+                raise ValueError(f"{name} must be within +-{LARGEST:g}, got {x.abs().amax():g}")
 
 
 def _check_labels(eps_text: Tensor, labels: Tensor, factor: int, tokens: int) -> None:

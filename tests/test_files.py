@@ -100,7 +100,6 @@ def test_what_is_cut_off_leaves_the_file_of_before(tmp_path):
 
     def fail(aside):
         aside.write_text("ne")
-        assert aside.suffix == ".html"
         raise Stop
 
     with pytest.raises(Stop):
