@@ -13,6 +13,7 @@ import torch
 from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS, SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
+from scfg.files import write_text, write_whole
 from scfg.models.embedded import load_model
 
 
@@ -124,16 +125,26 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
 
     sampler = SAMPLERS[options.sampler]
     how = f"{options.steps} {sampler} steps \u00b7 guidance scale {options.guidance_scale:g}"
-    panel(images, shown_step(options.steps), how).save(options.out)
+    _save(panel(images, shown_step(options.steps), how), options.out)
     written = [options.out]
     for image in images if options.trace else []:
         result = image[methods[-1]]
         written.append(options.trace / f"seed{result.seeds[0]}.png")
-        strip(result, how).save(written[-1])
+        _save(strip(result, how), written[-1])
     if options.html:
-        options.html.write_text(page(images, how), encoding="utf-8")
+        write_text(options.html, page(images, how))
         written.append(options.html)
     return written
+
+
+def _save(image, path: Path) -> None:
+    """Write a picture whole, in the format that its name asks for."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"--out must end in .png, got {path}")
+    write_whole(path, partial(image.save, format=kind))
 
 
 def run_evaluate(options: argparse.Namespace) -> list[Path]:

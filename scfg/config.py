@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+SMALLEST = 2.0**-126  # number > 0 that float32 holds with all its digits
 PROPAGATIONS = ("paper", "official", "none")
 JOINTS = ("renormalise", "raw")
 
@@ -71,7 +72,7 @@ class SCFGConfig:
     def __post_init__(self):
         for name in ("map_reduction", "coarsest_reduction"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1 or value & (value - 1):
+            if type(value) is not int or value < 1 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two >= 1, got {value!r}")
         if self.coarsest_reduction < self.map_reduction:
             raise ValueError(
@@ -89,7 +90,7 @@ class SCFGConfig:
         for name in ("propagation_steps", "layers_per_level"):
             value = getattr(self, name)
             optional = name == "layers_per_level" and value is None
-            if not optional and (not isinstance(value, int) or value < 1):
+            if not optional and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
         for name in ("rate_min", "rate_max", "max_scale"):
             value = getattr(self, name)
@@ -97,8 +98,8 @@ class SCFGConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value) or value <= 0:
-                raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+            if not SMALLEST <= value <= 1 / SMALLEST:
+                raise ValueError(f"{name} must be finite and > 0, as float32, got {value!r}")
         if not 0 <= self.min_share < 1:
             raise ValueError(f"min_share must be in [0, 1), got {self.min_share!r}")
         if not 0 <= self.min_peak < math.inf:

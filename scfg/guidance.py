@@ -1,6 +1,6 @@
 """CFG and S-CFG as functions of two predictions."""
 
-import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from scfg import ops
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence, fold_maps, map_grid
 from scfg.patches import benchmark_rule, needs_uncond, own_patches
+
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +60,31 @@ class Guided:
     rule: str = ""
 
 
+def check_scale(guidance_scale: float | Tensor) -> None:
+    """Raise unless a guidance scale is a tensor, or a number > 0 that float32 can hold.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It is out of range.
+    """
+    if isinstance(guidance_scale, Tensor):
+        return
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+        raise TypeError(f"guidance_scale must be a number or a tensor, got {guidance_scale!r}")
+    if not SMALLEST <= guidance_scale <= LARGEST:
+        raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
+
+
 def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> float | Tensor:
     """The guidance scale as a float, or as a (b,) float32 tensor on the device of eps.
 
     Raises:
+        TypeError: It is no number and no tensor.
         ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
     """
     b = eps.shape[0]
+    check_scale(guidance_scale)
     if not isinstance(guidance_scale, Tensor):
-        if not 0 < guidance_scale < math.inf:  # which a compiler follows, unlike isfinite
-            raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
         return float(guidance_scale)
     if guidance_scale.shape not in ((), (b,)):
         raise ValueError(
@@ -199,11 +216,19 @@ def guide_regions(
         Guided.
 
     Raises:
-        ValueError: The regions are those of another batch or size.
+        TypeError: token_weights is not a tensor of real numbers.
+        ValueError: The regions are those of another batch or size, or token_weights are not finite
+            and > 0 (checked on a CPU only).
     """
     factor = _pixels_per_patch(eps_text, regions.labels)
     scale = as_scale(guidance_scale, eps_text)
     if token_weights is not None:
+        ops.check_weights(token_weights)
+        if token_weights.shape not in ((regions.tokens,), (len(eps_text), regions.tokens)):
+            raise ValueError(
+                f"token_weights must be ({regions.tokens},) or ({len(eps_text)}, {regions.tokens}),"
+                f" got {tuple(token_weights.shape)}"
+            )
         token_weights = token_weights.to(eps_text.device, torch.float32)
         token_weights = token_weights.expand(eps_text.shape[0], -1)
     frames = eps_text.shape[2] if eps_text.dim() == 5 else 1

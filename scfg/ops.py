@@ -18,6 +18,8 @@ from torch import Tensor
 
 from scfg import backends
 
+LARGEST = 1e18  # magnitude of a prediction whose norm is taken in float32
+
 
 def _shape(x: Tensor, name: str, *expected: int | str) -> None:
     """Raise unless x is a floating tensor of the given sizes; a letter stands for any size."""
@@ -40,6 +42,17 @@ def _finite(x: Tensor, name: str) -> None:
     if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"{name} must be finite, got NaN or infinity in batch rows {bad}")
+
+
+def check_weights(x: Tensor, name: str = "token_weights") -> None:
+    """Raise unless x is a tensor of factors: real numbers, on a CPU finite and > 0 each."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers, got {x.dtype}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (torch.isfinite(x) & (x > 0)).all():
+            raise ValueError(f"{name} must be finite and > 0, got {x.flatten().tolist()}")
 
 
 def _floating(x: Tensor, name: str) -> None:
@@ -117,6 +130,10 @@ def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation
     b, n, _ = columns.shape
     _shape(self_map, "self_map", b, n, n)
     _floating(self_map, "self_map")
+    if self_map.dtype != columns.dtype:
+        raise TypeError(
+            f"self_map and {name} must have one dtype, got {self_map.dtype} and {columns.dtype}"
+        )
 
 
 def propagate(
@@ -168,13 +185,19 @@ def complete(
 def _check_levels(
     tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
 ) -> None:
+    for name, value in (("tokens", tokens), ("start", start), ("factors", factors)):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list, one entry a level, got {type(value).__name__}")
     if not tokens or not len(tokens) == len(start) == len(factors):
         raise ValueError(
             "tokens, start and factors must have one entry per level, at least one, "
             f"got {len(tokens)}, {len(start)} and {len(factors)}"
         )
     for name, levels in (("tokens", tokens), ("start", start)):
+        _shape(levels[0], f"{name}[0]", "b", "n", "t+1")
         for level, (x, factor) in enumerate(zip(levels, factors, strict=True)):
+            if factor < 1:
+                raise ValueError(f"factors[{level}] must be >= 1, got {factor}")
             n = -(-h // factor) * -(-w // factor)
             _shape(x, f"{name}[{level}]", tokens[0].shape[0], n, levels[0].shape[2])
             _finite(x, f"{name}[{level}] (evidence of the attention maps)")
@@ -203,28 +226,32 @@ def check_map(x: Tensor, name: str, b: int, n: int | str = "n", m: int | str = "
 
 
 def check_predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
-    """Raise unless both are finite floating point tensors of one shape (b, c, H, W)."""
+    """Raise unless both are finite floating point tensors of one shape (b, c, H, W).
+
+    On a CPU they are also refused above `LARGEST`, where float32 has no room for their squares.
+    """
     _shape(eps_text, "eps_text", "b", "c", "H", "W")
     _shape(eps_uncond, "eps_uncond", *eps_text.shape)
     for name, x in (("eps_uncond", eps_uncond), ("eps_text", eps_text)):
         _floating(x, name)
         _finite(x, name)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if x.dtype != torch.float64 and x.abs().amax() > LARGEST:
+                raise ValueError(f"{name} must be within +-{LARGEST:g}, got {x.abs().amax():g}")
 
 
-def _check_labels(eps_text: Tensor, labels: Tensor, factor: int) -> None:
+def _check_labels(eps_text: Tensor, labels: Tensor, factor: int, tokens: int) -> None:
     b, _, height, width = eps_text.shape
+    if factor < 1:
+        raise ValueError(f"factor must be >= 1, got {factor}")
     _shape(labels, "labels", b, -(-height // factor), -(-width // factor))
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
-
-
-def _check_range(labels: Tensor, tokens: int) -> None:
-    """Raise if a CPU label names no token; a kernel reads the nearest token's rate instead."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    low, high = (int(x) for x in labels.aminmax())
-    if low < 0 or high >= tokens:
-        raise ValueError(f"labels must be in [0, {tokens}), got {low} to {high}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not 0 <= labels.min() <= labels.max() < tokens:
+            raise ValueError(
+                f"labels must be in [0, {tokens}), got {labels.min():d} to {labels.max():d}"
+            )
 
 
 def _check_scale(guidance_scale: float | Tensor, b: int) -> float | Tensor:
@@ -246,8 +273,7 @@ def region_sums(
 ) -> Tensor:
     """Sums of the guidance norm over regions, see `scfg.reference.region_sums`."""
     check_predictions(eps_uncond, eps_text)
-    _check_labels(eps_text, labels, factor)
-    _check_range(labels, tokens)
+    _check_labels(eps_text, labels, factor, tokens)
     _shape(foreground, "foreground", *labels.shape)
     return backends.run(
         "region_sums",
@@ -277,11 +303,11 @@ def guide(
 ) -> tuple[Tensor, Tensor]:
     """Rates of the regions and the guided prediction, see `scfg.reference.guide`."""
     check_predictions(eps_uncond, eps_text)
-    _check_labels(eps_text, labels, factor)
     b = eps_uncond.shape[0]
     _shape(sums, "sums", b, "p", "t+1", 2)
-    _check_range(labels, sums.shape[2] - 1)
+    _check_labels(eps_text, labels, factor, sums.shape[2] - 1)
     if token_weights is not None:
+        check_weights(token_weights)
         _shape(token_weights, "token_weights", b, sums.shape[2] - 1)
     return backends.run(
         "guide",

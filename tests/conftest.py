@@ -6,12 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when csrc_triton is imported
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a core for each process of the suite
+
+# ``--hypothesis-profile long`` takes ten minutes where the suite takes seconds
+settings.register_profile("suite", max_examples=12, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=1500, deadline=None, print_blob=True)
+settings.load_profile("suite")
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

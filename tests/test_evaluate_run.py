@@ -107,17 +107,6 @@ def test_four_shares_cover_all_units_without_overlap(tmp_path):
     assert work(PLAN, tmp_path, compute) == 0
 
 
-def test_a_unit_that_was_cut_off_while_it_was_written_is_done_again(tmp_path):
-    prepare(PLAN, tmp_path)
-    unit = units(PLAN)[0]
-    aside = unit.path(tmp_path).with_suffix(".new")
-    aside.parent.mkdir(parents=True)
-    aside.write_bytes(b"half")
-    work(PLAN, tmp_path, lambda unit: {"x": torch.arange(unit.first, unit.last)})
-    assert not aside.exists()
-    assert collect(PLAN, tmp_path)[unit.kind]["x"].tolist() == list(range(PLAN.reference))
-
-
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     prepare(PLAN, tmp_path)
     prepare(PLAN, tmp_path)

@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+CALL = "_compiled_call_impl"  # what torch calls instead of a module's hooks and forward
+MARK = "_guided_by_scfg"
+
 
 def around(
     module: nn.Module,
@@ -11,37 +14,64 @@ def around(
     after: Callable[[object], object],
     failed: Callable[[], None],
 ) -> Callable[[], None]:
-    """Put functions around every call of a module.
+    """Put functions around every call of a module; a copy of the module goes without them.
+
+    The call itself is wrapped, for hooks would be traced into the graph of a module compiled in
+    place (``module.compile()``), and are not told of a KeyboardInterrupt.
 
     Args:
-        module: A module, or a torch.compile of one. One compiled in place (``module.compile()``)
-            would trace hooks into its graph; there the compiled call is wrapped instead.
+        module: A module, or a torch.compile of one.
         before: Gets args and kwargs.
         after: Gets the output and returns what takes its place.
-        failed: Called where the module raised an Exception.
+        failed: Called where any of it raised.
 
     Returns:
         Function that takes them off again.
     """
-    compiled = module._compiled_call_impl
-    if compiled is None:
-        hooks = [
-            module.register_forward_pre_hook(lambda _, *call: before(*call), with_kwargs=True),
-            module.register_forward_hook(
-                lambda _, args, output: failed() if output is None else after(output),
-                always_call=True,
-            ),
-        ]
-        return lambda: [hook.remove() for hook in hooks]
+    compiled = vars(module).get(CALL)
+    on = True
 
     def call(*args, **kwargs):
-        before(args, kwargs)
+        inner = module._call_impl if compiled is None else compiled
+        if not on:  # another call has been put around this one
+            return inner(*args, **kwargs)
         try:
-            output = compiled(*args, **kwargs)
-        except Exception:
+            before(args, kwargs)
+            return after(inner(*args, **kwargs))
+        except BaseException:
             failed()
             raise
-        return after(output)
 
-    module._compiled_call_impl = call
-    return lambda: setattr(module, "_compiled_call_impl", compiled)
+    def remove() -> None:
+        nonlocal on
+        on = False
+        if vars(module).get(CALL) is not call:
+            return
+        if compiled is None:
+            vars(module).pop(CALL)
+        else:
+            vars(module)[CALL] = compiled
+
+    vars(module)[CALL] = call
+    return remove
+
+
+def is_marked(module: nn.Module) -> bool:
+    """Whether a module, or the one inside a torch.compile of it, is attached to."""
+    module = getattr(module, "_orig_mod", module)
+    return vars(module).get(MARK) == id(module)
+
+
+def mark(module: nn.Module) -> Callable[[], None]:
+    """Note on a module that it is attached to; a copy of it is not.
+
+    Returns:
+        Function that takes the note away.
+    """
+    module = getattr(module, "_orig_mod", module)
+    vars(module)[MARK] = id(module)
+
+    def remove() -> None:
+        vars(module).pop(MARK)
+
+    return remove

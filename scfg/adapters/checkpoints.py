@@ -1,9 +1,10 @@
 """Checkpoints on disk, as pipelines of diffusers; `scfg.adapters.generate` draws with them."""
 
-import json
 from pathlib import Path
 
 import torch
+
+from scfg.files import read_json
 
 
 def load(
@@ -44,24 +45,42 @@ def load(
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     options = {"torch_dtype": dtype, "local_files_only": True}
     if (path / "model_index.json").is_file():
+        _pipeline_class(path)
         if not allow_pickle:
             options |= {"use_safetensors": True, "variant": _variant(path)}
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(path, **options)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be loaded from safetensors: {error}") from error
+        except Exception as error:  # whatever diffusers makes of a damaged folder
+            raise ValueError(f"{path} cannot be loaded from safetensors: {error!r}") from error
     elif path.is_file():
         if path.suffix != ".safetensors" and not allow_pickle:
             raise ValueError(f"{path} is not a .safetensors file; see allow_pickle")
         folder = _configuration(path) if config is None else Path(config)
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        pipe = getattr(diffusers, name).from_single_file(path, config=str(folder), **options)
+        kind = _pipeline_class(folder)
+        try:
+            pipe = kind.from_single_file(path, config=str(folder), **options)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be loaded as a {kind.__name__}: {error!r}") from error
     else:
         raise ValueError(f"{path} must be a file or a folder with a model_index.json")
     if not hasattr(type(pipe), "guidance_scale") or getattr(pipe, "unet", None) is None:
         raise ValueError(f"{path} holds a {type(pipe).__name__}, which has no U-Net to guide")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _pipeline_class(folder: Path) -> type:
+    """The class that a folder's model_index.json names."""
+    import diffusers
+
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ValueError(
+            f"{folder / 'model_index.json'} must name a pipeline of diffusers, got {name!r}"
+        )
+    return kind
 
 
 def _variant(folder: Path) -> str | None:

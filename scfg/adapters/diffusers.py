@@ -11,18 +11,22 @@ alone, and with it ``guidance_rescale``, perturbed-attention guidance and DeepFl
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from scfg.adapters.around import around
-from scfg.adapters.pipelines import MARK, attach_transformers, transformers_of
+from scfg.adapters.around import around, is_marked, mark
+from scfg.adapters.formula import Formula
+from scfg.adapters.pipelines import attach_transformers, transformers_of
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided
+from scfg.guidance import Guided, check_scale
 from scfg.recording.phrases import phrase_weights
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
+
+LATENT = "latent_channels"
 
 
 @contextmanager
@@ -77,16 +81,19 @@ def attach(
         return
     if not isinstance(unet, nn.Module):
         raise ValueError(f"pipe must have pipe.unet or pipe.transformer, got {type(pipe).__name__}")
-    if MARK in vars(getattr(unet, "_orig_mod", unet)):
+    if is_marked(unet):
         raise ValueError("pipe.unet is guided already, by another attach that has not ended")
     tells = hasattr(type(pipe), "guidance_scale")
     if tells == (guidance_scale is not None):
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
+    if guidance_scale is not None:
+        check_scale(guidance_scale)
     attached = _Attached(pipe, guidance_scale, run, token_weights, observe)
     try:
         attached.add(unet)
         yield pipe
+        attached.warn_if_idle()
     finally:
         attached.remove()
 
@@ -105,17 +112,32 @@ class _Attached:
         self._undo: list[Callable[[], object]] = []
         self._schedule, self._levels = None, []  # noise levels of the run at hand
         self._checked: tuple | None = None  # shape of the last batch found to be in two halves
+        self._calls = self._acted = 0
+        self._formula = Formula(pipe)
 
     def add(self, unet: nn.Module) -> None:
         """Put the hooks on."""
-        module = getattr(unet, "_orig_mod", unet)  # inside torch.compile(unet)
-        vars(module)[MARK] = self
-        self._undo.append(lambda: vars(module).pop(MARK))
+        self._undo.append(mark(unet))
         self.recorder = self.run.recorder(unet)
         self._undo.append(self.recorder.remove)
         self._undo.append(around(unet, self.before, self.after, self.recorder.abort))
+        self._undo.append(self._formula.forget)
         if self.phrases:
             self._read_prompts()
+
+    def warn_if_idle(self) -> None:
+        """Warn where S-CFG did nothing although the guidance scale asks for it."""
+        try:
+            asked = self._given_scale() > 1
+        except RuntimeError:  # the pipeline did not run
+            return
+        if asked and self._calls and not self._acted:
+            warnings.warn(
+                f"S-CFG acted on none of {self._calls} calls of the U-Net: "
+                f"{type(self.pipe).__name__} says that it does not guide "
+                "(do_classifier_free_guidance)",
+                stacklevel=5,
+            )
 
     def remove(self) -> None:
         """Take everything off."""
@@ -145,9 +167,19 @@ class _Attached:
 
     def _scale(self) -> float:
         """The guidance scale of the call at hand; 1 where it is not guided."""
-        scale = self.guidance_scale
-        scale = float(self.pipe.guidance_scale if scale is None else scale)
+        scale = self._given_scale()
         return scale if getattr(self.pipe, "do_classifier_free_guidance", scale > 1) else 1.0
+
+    def _given_scale(self) -> float:
+        """The guidance scale that the pipeline or the caller names."""
+        if self.guidance_scale is not None:
+            return float(self.guidance_scale)
+        try:
+            return float(self.pipe.guidance_scale)
+        except (AttributeError, TypeError) as error:
+            raise RuntimeError(
+                f"{type(self.pipe).__name__} must set its guidance_scale to a number: {error}"
+            ) from error
 
     def _parts(self) -> int:
         """Branches in a batch; the third is perturbed attention."""
@@ -160,6 +192,11 @@ class _Attached:
             self._schedule = schedule
             self.run.begin()
             levels = [float(level) for level in schedule]
+            if float(t) not in levels:
+                raise RuntimeError(
+                    f"start, stop and every need a U-Net that is given the scheduler's timesteps, "
+                    f"that of {type(self.pipe).__name__} got {float(t):g}"
+                )
             begin = levels.index(float(t))
             count = getattr(self.pipe, "num_timesteps", None) or len(levels)
             self._levels = list(dict.fromkeys(levels[begin : begin + count]))
@@ -168,6 +205,7 @@ class _Attached:
     def before(self, args: tuple, kwargs: dict) -> None:
         """Decide whether S-CFG acts on this call, and start recording."""
         self.recorder.abort()
+        self._formula.forget()
         self.acting = self._scale() > 1
         if self.acting and not self.run.always:
             t = kwargs["timestep"] if "timestep" in kwargs else args[1]
@@ -181,13 +219,22 @@ class _Attached:
             self._check(sample)
             if self.recording:
                 self.recorder.start(sample)
+        self._calls += 1
+        self._acted += self.acting
 
     def _check(self, sample: Tensor) -> None:
         """Raise unless a batch is [unconditional, text] of the same latents."""
         if sample.shape == self._checked:  # once, for it waits for the device
             return
+        if sample.dim() != 4:
+            raise RuntimeError(
+                f"the U-Net of {type(self.pipe).__name__} must be called with a latent "
+                f"(b, c, H, W), got shape {tuple(sample.shape)}; video is not supported"
+            )
         parts = sample.chunk(self._parts())
-        if not all(part.shape == parts[0].shape and part.equal(parts[0]) for part in parts):
+        if len(parts) != self._parts() or not all(
+            part.shape == parts[0].shape and part.equal(parts[0]) for part in parts
+        ):
             raise RuntimeError(
                 f"the U-Net of {type(self.pipe).__name__} must be called with the same latents for "
                 f"each of {self._parts()} branches, [unconditional, text]; got another batch of "
@@ -208,21 +255,28 @@ class _Attached:
     def rewrite(self, prediction: Tensor) -> Tensor:
         """The prediction with another unconditional part."""
         scale, b = self._scale(), len(prediction) // self._parts()
-        eps = prediction[:, : prediction.shape[1] // 2] if self._learns(prediction) else prediction
+        eps = prediction[:, : self._channels(prediction)]
         uncond, text = eps[:b], eps[b : 2 * b]
         if self.recording:
             evidence = self.recorder.finish()
             self.run.keep_evidence(uncond=evidence.rows(0, b), text=evidence.rows(b, 2 * b))
-        rate = self.run.guide(uncond, text, scale, self.token_weights).rate
+        guided = self.run.guide(uncond, text, scale, self.token_weights)
+        rate = guided.rate
         if self.observe:
             return prediction
+        self._formula.expect(guided.eps, text, scale)
         wide = text.to(rate.dtype)
         gap = (wide - uncond.to(rate.dtype)) * ((scale * rate - 1) / (scale - 1))
         rewritten = prediction.clone()
         rewritten[:b, : eps.shape[1]] = (wide - gap).to(prediction.dtype)
         return rewritten
 
-    def _learns(self, prediction: Tensor) -> bool:
-        """Whether the second half of the channels is a variance."""
+    def _channels(self, prediction: Tensor) -> int:
+        """Channels that are guided; others are a variance, or unused."""
+        channels = prediction.shape[1]
+        for name in ("vae", "movq"):
+            latent = getattr(getattr(getattr(self.pipe, name, None), "config", None), LATENT, None)
+            if latent is not None:
+                return min(latent, channels)
         kind = getattr(self.pipe.scheduler.config, "variance_type", None)
-        return prediction.shape[1] == 6 or kind in ("learned", "learned_range")
+        return channels // 2 if channels == 6 or kind in ("learned", "learned_range") else channels

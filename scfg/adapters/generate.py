@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from scfg.adapters.around import around
 from scfg.adapters.diffusers import attach
 from scfg.config import SCFGConfig
 from scfg.drawing.generate import Frame, Generated, Request, frames
@@ -69,8 +70,7 @@ def draw(
                 )
                 stack.enter_context(guide)
             if watch is not None:  # after attach: it sees what the pipeline gets
-                hook = pipe.unet.register_forward_hook(watch.after, with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.callback(around(pipe.unet, watch.before, watch.after, lambda: None))
             images = pipe(
                 list(request.prompts),
                 negative_prompt=[negative_prompt] * len(request.prompts),
@@ -133,16 +133,20 @@ class _Trace:
     def __init__(self, guidance_scale: float):
         self.guidance_scale = guidance_scale
         self.calls: list[tuple[float, Tensor, Tensor]] = []  # timestep, latents, guided prediction
+        self.given: tuple = ()  # to the call at hand
         self.guided: dict[int, Guided] = {}  # by number of the call
 
     def notice(self, guided: Guided) -> None:
         self.guided[len(self.calls)] = guided
 
-    def after(self, unet, args: tuple, kwargs: dict, output) -> None:
-        latents = args[0].float().chunk(2)[0]
+    def before(self, args: tuple, kwargs: dict) -> None:
+        self.given = args
+
+    def after(self, output):
+        latents, t = self.given[0].float().chunk(2)[0], float(self.given[1])
         uncond, text = output[0].float().chunk(2)
-        eps = uncond + self.guidance_scale * (text - uncond)
-        self.calls.append((float(args[1]), latents, eps))
+        self.calls.append((t, latents, uncond + self.guidance_scale * (text - uncond)))
+        return output
 
     def frames(self, pipe) -> tuple[Frame, ...]:
         """The calls as frames."""

@@ -11,13 +11,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from scfg.adapters.around import around
+from scfg.adapters.around import around, is_marked, mark
 from scfg.adapters.branches import Branches, calls_of
 from scfg.recording.layouts import find_layout
 from scfg.recording.run import Run
 from scfg.recording.words import Prompt, read_prompt
-
-MARK = "_guided_by_scfg"  # attribute of a transformer that is attached to
 
 
 def transformers_of(pipe) -> list[nn.Module]:
@@ -38,7 +36,7 @@ def attach_transformers(
     """
     models = transformers_of(pipe)
     for model in models:
-        if MARK in vars(getattr(model, "_orig_mod", model)):
+        if is_marked(model):
             raise ValueError(
                 "pipe.transformer is guided already, by another attach that has not ended"
             )
@@ -73,9 +71,7 @@ class AttachedTransformers:
     def add(self) -> None:
         """Put the hooks on."""
         for model in transformers_of(self.pipe):
-            module = getattr(model, "_orig_mod", model)
-            vars(module)[MARK] = self
-            self._undo.append(lambda module=module: vars(module).pop(MARK))
+            self._undo.append(mark(model))
             branch = Branches(self, model)
             self.branches.append(branch)
             self._undo.append(branch.recorder.remove)

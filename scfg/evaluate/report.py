@@ -23,6 +23,7 @@ from scfg.evaluate.tradeoff import (
     point_rows,
 )
 from scfg.evaluate.work import PROMPTS, Plan, collect, seconds_spent
+from scfg.files import write_text
 from scfg.models.embedded import EmbeddedModel
 from scfg.models.shapes import caption
 from scfg.models.shapes_judge import WEIGHTS as JUDGE_WEIGHTS
@@ -79,7 +80,7 @@ def write_report(plan: Plan, folder: Path, model: EmbeddedModel, command: str) -
         "about": _about(plan, folder, command),
     }
     page = re.sub(r"{{(\w+)}}", lambda m: parts[m[1]], TEMPLATE.read_text(encoding="utf-8"))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
     return [folder / "report.html", *written]
 
 
@@ -219,7 +220,7 @@ def _sample_pages(plan: Plan, folder: Path, model: EmbeddedModel) -> str:
         }
         how = f"{SAMPLE_STEPS} DPM-Solver++(2M) steps, guidance scale {SAMPLE_SCALE:g}"
         path = folder / "samples" / f"{i}.html"
-        path.write_text(page([both], how), encoding="utf-8")
+        write_text(path, page([both], how))
         links.append(f"<li><a href='samples/{i}.html'>{html.escape(prompt)}</a></li>")
     return "".join(links)
 

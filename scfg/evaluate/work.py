@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from scfg.evaluate.draw import Point, draw, scene
 from scfg.evaluate.inconsistency import true_spread
 from scfg.evaluate.regions import probe, score
+from scfg.files import read_json, read_tensors, write_text, write_whole
 from scfg.models.embedded import EmbeddedModel
 from scfg.models.shapes import render
 from scfg.models.shapes_judge import Judge, agreement, read
@@ -104,16 +106,14 @@ def prepare(plan: Plan, folder: Path) -> None:
     (folder / "units").mkdir(parents=True, exist_ok=True)
     path, text = folder / "units" / "plan.json", json.dumps(asdict(plan), indent=1)
     if path.exists():
-        if json.loads(path.read_text()) != json.loads(text):
+        if read_json(path) != json.loads(text):
             raise ValueError(
                 f"{folder} holds the units of other settings or weights: give another folder, or "
                 f"remove {folder / 'units'}"
             )
         return
     (folder / "units" / ".gitignore").write_text("*\n")
-    aside = path.with_suffix(".new")
-    aside.write_text(text)
-    aside.replace(path)
+    write_text(path, text)
 
 
 def work(
@@ -142,25 +142,33 @@ def work(
     done = 0
     for unit in units(plan)[rank::world]:
         path = unit.path(folder)
-        if not path.exists():
+        if not _is_done(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
             found = {name: x.contiguous() for name, x in compute_unit(unit).items()}
-            aside = path.with_suffix(".new")
-            save_file(found, aside, {"seconds": f"{time.perf_counter() - start:.3f}"})
-            aside.replace(path)
+            seconds = {"seconds": f"{time.perf_counter() - start:.3f}"}
+            write_whole(path, partial(save_file, found, metadata=seconds))
             done += 1
         after()
     return done
 
 
+def _is_done(path: Path) -> bool:
+    """Whether the file of a unit is there and whole: its header tells its length."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.keys()) and "seconds" in (file.metadata() or {})
+    except (SafetensorError, FileNotFoundError):
+        return False
+
+
 def collect(plan: Plan, folder: Path) -> dict[str, dict[str, Tensor]]:
     """Results of all units, by kind and name, rows in the order of their numbers."""
-    from safetensors.torch import load_file
-
     parts: dict[str, list[dict[str, Tensor]]] = {}
     for unit in units(plan):
-        parts.setdefault(unit.kind, []).append(load_file(unit.path(folder)))
+        parts.setdefault(unit.kind, []).append(read_tensors(unit.path(folder))[0])
     return {
         kind: {name: torch.cat([part[name] for part in found]) for name in found[0]}
         for kind, found in parts.items()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
+from scfg.files import read_tensors, write_whole
 from scfg.models import emoji, shapes
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.unet import UNet, UNetConfig
@@ -144,9 +145,13 @@ def assemble(parts: nn.ModuleDict, config: ModelConfig = ModelConfig()) -> Embed
 
 def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path, **facts: str) -> None:
     """Write the networks in float16; the metadata holds their topology and any further facts."""
-    save_file = _safetensors("torch").save_file
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise RuntimeError("weights need safetensors: pip install 'scfg[generate]'") from error
     tensors = {name: p.detach().half().contiguous().cpu() for name, p in parts.state_dict().items()}
-    save_file(tensors, path, {"config": json.dumps(asdict(config)), **facts})
+    metadata = {"config": json.dumps(asdict(config)), **facts}
+    write_whole(path, lambda aside: save_file(tensors, aside, metadata))
 
 
 def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -> EmbeddedModel:
@@ -161,24 +166,21 @@ def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or holds something else.
         RuntimeError: safetensors is not installed.
     """
-    with _safetensors().safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}
-    config["unet"] = UNetConfig(**config["unet"])
-    config["words"] = tuple(config.get("words", shapes.WORDS))  # older files do not say
-    config.setdefault("length", shapes.LENGTH)
-    parts = networks(ModelConfig(**config))
-    parts.load_state_dict(weights)
-    return assemble(parts.eval().requires_grad_(False).to(device), ModelConfig(**config))
-
-
-def _safetensors(module: str = ""):
+    weights, metadata = read_tensors(path)
+    for name, x in weights.items():
+        if not x.is_floating_point():
+            raise ValueError(f"{path} must hold floating point weights, got {x.dtype} in {name!r}")
     try:
-        import safetensors.torch
-    except ImportError as error:
-        raise RuntimeError(
-            "the embedded model needs safetensors: pip install 'semantic-cfg[generate]'"
-        ) from error
-    return getattr(safetensors, module) if module else safetensors
+        config = json.loads(metadata["config"])
+        config["unet"] = UNetConfig(**config["unet"])
+        config["words"] = tuple(config.get("words", shapes.WORDS))  # older files do not say
+        config.setdefault("length", shapes.LENGTH)
+        config = ModelConfig(**config)
+        parts = networks(config)
+        parts.load_state_dict({name: x.float() for name, x in weights.items()})
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"{path} is no embedded model: {error!r}") from error
+    return assemble(parts.eval().requires_grad_(False).to(device), config)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scfg.files import write_whole
 from scfg.models.emoji import NOUNS, OBJECTS, Scene, render, sample_scenes
 from scfg.models.judge import (
     WEIGHTS,
@@ -150,13 +151,14 @@ def main() -> None:
         tensors = {
             k: v.half().contiguous() for k, v in judge.state_dict().items() if v.is_floating_point()
         }
-        save_file(tensors, args.weights)
+        write_whole(args.weights, lambda aside: save_file(tensors, aside))
     measured = measure(load_judge(args.weights))
     with safe_open(args.weights, "pt") as file:
         metadata = file.metadata() or {}
     if args.train:
         metadata = {"minutes": str(args.minutes), "measured": json.dumps(measured)}
-        save_file(load_file(args.weights), args.weights, metadata)
+        tensors = load_file(args.weights)
+        write_whole(args.weights, lambda aside: save_file(tensors, aside, metadata))
     print(json.dumps({"measured": measured, "stored": json.loads(metadata["measured"])}, indent=1))
 
 

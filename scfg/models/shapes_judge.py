@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scfg.files import read_tensors
 from scfg.models.shapes import COLOURS, SHAPES, TEXTURES, Scene, render, sample_scenes
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge-shapes.safetensors"
@@ -201,9 +202,14 @@ def load_judge(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or holds something else.
     """
-    from safetensors.torch import load_file
-
-    judge = Judge()
-    judge.load_state_dict({name: x.float() for name, x in load_file(path).items()}, strict=False)
+    weights, judge = read_tensors(path)[0], Judge()
+    needed = {name for name, x in judge.state_dict().items() if x.is_floating_point()}
+    try:
+        if not needed <= weights.keys():
+            raise KeyError(*sorted(needed - weights.keys())[:1])
+        judge.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is no judge: {error!r}") from error
     return judge.eval().requires_grad_(False).to(device)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scfg.files import write_whole
 from scfg.models.shapes import render, sample_scenes
 from scfg.models.shapes_judge import WEIGHTS, Judge, layouts, load_judge, measure, truth
 
@@ -107,13 +108,14 @@ def main() -> None:
     if args.train:
         judge = train(args.steps)
         tensors = {k: v.half() for k, v in judge.state_dict().items() if v.is_floating_point()}
-        save_file(tensors, args.weights)
+        write_whole(args.weights, lambda aside: save_file(tensors, aside))
     measured = measure(load_judge(args.weights))
     with safe_open(args.weights, "pt") as file:
         metadata = file.metadata() or {}
     if args.train:
         metadata = {"steps": str(args.steps), "measured": json.dumps(measured)}
-        save_file(load_file(args.weights), args.weights, metadata)
+        tensors = load_file(args.weights)
+        write_whole(args.weights, lambda aside: save_file(tensors, aside, metadata))
     print(json.dumps({"measured": measured, "stored": json.loads(metadata["measured"])}, indent=1))
 
 

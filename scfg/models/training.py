@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scfg.files import read_json, read_tensors, write_text, write_whole
 from scfg.models.embedded import ModelConfig, networks, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.text import Tokenizer
@@ -160,9 +161,8 @@ class Trainer:
             "tensors": f"checkpoint-{self.steps}.safetensors",
         }
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / numbers["tensors"])
-        (folder / "checkpoint.json.new").write_text(json.dumps(numbers, indent=1))
-        (folder / "checkpoint.json.new").replace(folder / "checkpoint.json")
+        write_whole(folder / numbers["tensors"], lambda aside: save_file(tensors, aside))
+        write_text(folder / "checkpoint.json", json.dumps(numbers, indent=1))
         for old in folder.glob("checkpoint-*.safetensors"):
             if old.name != numbers["tensors"]:
                 old.unlink()
@@ -170,10 +170,8 @@ class Trainer:
     @classmethod
     def resume(cls, folder: Path, device: str = "cpu", compile: bool = False) -> "Trainer":
         """Continue from the checkpoint in a folder, on the plan it was started with."""
-        from safetensors.torch import load_file
-
-        numbers = json.loads((folder / "checkpoint.json").read_text())
-        tensors = load_file(folder / numbers["tensors"])
+        numbers = read_json(folder / "checkpoint.json")
+        tensors, _ = read_tensors(folder / numbers["tensors"])
         model = numbers["plan"].pop("model")
         model["unet"] = UNetConfig(**model["unet"])
         if "words" in model:

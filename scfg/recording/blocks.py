@@ -2,7 +2,8 @@
 
 A transformer block is a module with exactly two children that have ``to_q``, ``to_k``, ``heads``:
 self-attention, then cross-attention (diffusers, CompVis, ComfyUI, `scfg.models.unet`), or an
-attention module with ``add_k_proj``, whose keys are text and image at once (DeepFloyd IF).
+attention module with ``add_k_proj``, whose keys are text and image at once (DeepFloyd IF). Those of
+a control branch (``ctrl_*``, ControlNet-XS) do not count: they may be left out at some steps.
 """
 
 from torch import nn
@@ -23,10 +24,18 @@ def find_blocks(unet: nn.Module) -> list[tuple[str, list[nn.Module]]]:
         Name and attention modules of each, [self, cross] or [joint], in order of registration.
 
     Raises:
-        ValueError: There is none.
+        TypeError: unet is no network.
+        ValueError: There is none, or one that no map can be read from.
     """
+    if not hasattr(unet, "named_modules"):
+        holds = "; give its .unet, or use scfg.adapters" if hasattr(unet, "unet") else ""
+        raise TypeError(f"unet must be a torch.nn.Module, got {type(unet).__name__}{holds}")
     blocks = []
     for name, module in unet.named_modules():
+        if any(part.startswith("ctrl_") for part in name.split(".")):
+            continue
+        if _is_joint(module):
+            _check_joint(name, module)
         attentions = [child for child in module.children() if _is_attention(child)]
         if _is_joint(module):
             blocks.append((name, [module]))
@@ -38,6 +47,17 @@ def find_blocks(unet: nn.Module) -> list[tuple[str, list[nn.Module]]]:
             f"cross-attention), found none in {type(unet).__name__}"
         )
     return blocks
+
+
+def _check_joint(name: str, module: nn.Module) -> None:
+    """Raise where text and image share a softmax in another way than DeepFloyd IF's."""
+    if getattr(module, "add_q_proj", None) is not None:
+        raise ValueError(f"unet must be a U-Net, but in {name!r} the text attends too (add_q_proj)")
+    if module.to_k is None:
+        raise ValueError(
+            f"unet must have self-attention, but {name!r} attends to the text only "
+            "(only_cross_attention)"
+        )
 
 
 def folding_module(unet: nn.Module, name: str) -> nn.Module:

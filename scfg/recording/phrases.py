@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from scfg.ops import check_weights
+
 
 def find_phrase(text: Sequence[Hashable], phrase: Sequence[Hashable]) -> list[int]:
     """Where a phrase begins in a text, both as tokens: every place, in order.
@@ -88,12 +90,11 @@ def fit_weights(table: Tensor, rows: int, tokens: int) -> Tensor:
         (b, tokens) float32, padded with 1.
 
     Raises:
-        TypeError: table is not a tensor.
-        ValueError: It is not (t,) or (B, t), b is not a multiple of B, or a weight other than 1 is
-            beyond the tokens.
+        TypeError: table is not a tensor of real numbers.
+        ValueError: It is not (t,) or (B, t) or not finite and > 0 (checked on a CPU only), b is not
+            a multiple of B, or a weight other than 1 is beyond the tokens.
     """
-    if not isinstance(table, Tensor):
-        raise TypeError(f"token_weights must be a tensor, got {type(table).__name__}")
+    check_weights(table)
     if table.dim() not in (1, 2) or 0 in table.shape:
         raise ValueError(f"token_weights must be (t,) or (B, t), got {tuple(table.shape)}")
     table = table.float() if table.dim() == 2 else table.float()[None]

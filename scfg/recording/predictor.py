@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided, cfg
+from scfg.guidance import Guided, cfg, check_scale
 from scfg.recording.run import Run
 from scfg.recording.wrapper import UNetWrapper
 
@@ -53,6 +53,7 @@ class Predictor:
     ):
         if levels is None and not run.always:
             raise ValueError("start, stop and every need the levels that the loop visits, got none")
+        check_scale(guidance_scale)
         self.model, self.guidance_scale, self.run = model, guidance_scale, run
         self.token_weights, self.observe = token_weights, observe
         self.unet = UNetWrapper(unet, run.config, run.backend)

@@ -7,6 +7,7 @@ into the evidence of their level; layers at other resolutions form none.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from scfg.evidence import (
     map_grid,
     propagate_unformed,
 )
-from scfg.recording.hooks import Hooks, Projected
+from scfg.recording.attention import Projected
+from scfg.recording.hooks import Hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +145,14 @@ class AttentionRecorder:
             sample: Latent (b, c, H, W).
             owners: (b, t) int64: the token to which the attention to each key counts, where a host
                 repeats tokens; None: each to itself.
+
+        Raises:
+            RuntimeError: The hooks were removed, or another thread is inside the U-Net.
         """
+        if not self._hooks.on:
+            raise RuntimeError("the U-Net is not recorded any more: its wrapper was removed")
+        if self._hooks.active and self._hooks.thread != get_ident():
+            raise RuntimeError("another thread is recording this U-Net; give each thread its own")
         self.abort()
         self._owners = owners
         size = (sample.shape[-2], sample.shape[-1])
@@ -161,6 +170,7 @@ class AttentionRecorder:
             RuntimeError: A module did not run exactly once, or none was at a chosen resolution.
         """
         evidence, modules, missing = self._evidence, len(self._hooks), self._hooks.missing()
+        textless, pixels = self._hooks.lacking_text(), self._hooks.pixels()
         self.abort()
         if missing:
             raise RuntimeError(
@@ -169,10 +179,16 @@ class AttentionRecorder:
                 "were there ran instead: call torch._dynamo.reset() first, or compile with "
                 "torch._dynamo.config.skip_nnmodule_hook_guards = False"
             )
+        if not self._order and textless:
+            raise RuntimeError(
+                f"{textless} blocks ran at reductions {self.config.reductions}, but none attended "
+                "to a text, which S-CFG needs"
+            )
         if not self._order:
             raise RuntimeError(
                 f"no attention layer at reductions {self.config.reductions} of a latent of size "
-                f"{evidence.size}, expected one at least (see map_reduction, coarsest_reduction)"
+                f"{evidence.size}, expected one at least (see map_reduction, coarsest_reduction); "
+                f"attention ran on {pixels} pixels"
             )
         if self.config.layers_per_level is not None:
             self._unused[evidence.size] = self._layers_unused(self.config.layers_per_level)
@@ -186,7 +202,9 @@ class AttentionRecorder:
         return frozenset(name for level in levels.values() for name in level[:-last])
 
     def abort(self) -> None:
-        """Stop recording and forget what was seen."""
+        """Stop recording and forget what was seen; not what another thread records."""
+        if self._hooks.active and self._hooks.thread != get_ident():
+            return
         self._evidence = None
         self._hooks.clear()
 

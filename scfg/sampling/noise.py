@@ -57,7 +57,7 @@ class Schedule:
         """
         train_steps = len(self.alphas_cumprod)
         most = train_steps - (spacing == "leading")
-        if not 1 <= steps <= most:
+        if type(steps) is not int or not 1 <= steps <= most:
             raise ValueError(f"steps must be 1 to {most} with {spacing!r} spacing, got {steps}")
         if spacing == "trailing":
             points = np.arange(train_steps, 0, -train_steps / steps)[:steps].round() - 1

@@ -213,6 +213,9 @@ def dpmpp_2m(
     swapped, and not used.
     """
     timesteps = schedule.timesteps(steps, spacing)
+    most = len(schedule.alphas_cumprod) - 1 - (spacing == "leading")
+    if spacing != "trailing" and steps > most:
+        raise ValueError(f"steps must be 1 to {most} with {spacing!r} spacing, got {steps}")
     if spacing != "trailing":  # as DPMSolverMultistepScheduler: one more, and the cleanest dropped
         timesteps = schedule.timesteps(steps + 1, spacing)[:-1]
     return sample(dpmpp_2m_rule(), predict, x, schedule, timesteps, callback)

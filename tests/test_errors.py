@@ -1,0 +1,173 @@
+"""Wrong arguments are errors of the documented type that name the argument; runs do not meet."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_recording import build
+
+import scfg
+from scfg import ops
+from scfg.models.unet import UNet
+from scfg.recording.phrases import fit_weights
+from scfg.recording.run import Run
+from scfg.sampling import dpmpp_2m, scaled_linear
+
+B, T, H, W = 2, 5, 8, 12
+EPS = torch.randn(2, B, 4, H, W, generator=torch.Generator().manual_seed(0))
+LABELS = torch.zeros(B, H, W, dtype=torch.int64)
+SUMS = torch.ones(B, 1, T + 1, 2)
+MAP = torch.full((2 * B, H * W, H * W), 1 / (H * W))
+CROSS = torch.full((2 * B, H * W, T), 1 / T)
+CONFIG = scfg.SCFGConfig(map_reduction=1, coarsest_reduction=1)
+
+
+def semantic(scale=5.0, weights=None, self_map=MAP):
+    return scfg.semantic_cfg(*EPS, [self_map], [CROSS], scale, CONFIG, token_weights=weights)
+
+
+def by_regions(weights):
+    net, (x, t, context), _ = build("own")
+    with scfg.UNetWrapper(net, scfg.SCFGConfig(map_reduction=1, coarsest_reduction=1)) as unet:
+        return unet.guide(*unet(x, t, context).chunk(2), 5.0, token_weights=weights)
+
+
+def region_sums(labels=LABELS, factor=1):
+    return ops.region_sums(*EPS, labels, LABELS == 0, T, factor)
+
+
+def guide(labels=LABELS, factor=1):
+    return ops.guide(*EPS, labels, SUMS, torch.ones(B), factor)
+
+
+LEVEL = torch.ones(B, H * W, T + 1)
+REFUSED = {
+    "weights a list": (lambda: semantic(weights=[1.0] * T), TypeError, "token_weights must be a t"),
+    "weights a dict": (lambda: semantic(weights={}), TypeError, "token_weights must be a tensor"),
+    "weights bool": (lambda: semantic(weights=torch.ones(T) > 0), TypeError, "token_weights must"),
+    "weights 0-d": (lambda: semantic(weights=torch.tensor(1.0)), ValueError, r"must be \(5,\) or"),
+    "weights short": (lambda: semantic(weights=torch.ones(2)), ValueError, r"got \(2,\)"),
+    "weights rows": (lambda: semantic(weights=torch.ones(3, T)), ValueError, r"got \(3, 5\)"),
+    "fit empty": (lambda: fit_weights(torch.ones(0, T), 4, T), ValueError, "token_weights must be"),
+    "fit 0-d": (lambda: fit_weights(torch.tensor(1.0), 4, T), ValueError, "token_weights must be"),
+    "fit rows": (
+        lambda: fit_weights(torch.ones(3, T), 4, T),
+        ValueError,
+        "has 3 rows, for a batch",
+    ),
+    "fit long": (lambda: fit_weights(torch.full((9,), 2.0), 4, T), ValueError, "at most 5 tokens"),
+    "scale big": (lambda: semantic(1e300), ValueError, "guidance_scale must be finite and > 0"),
+    "scale small": (lambda: semantic(1e-50), ValueError, "guidance_scale must be finite and > 0"),
+    "scale text": (lambda: semantic("7"), TypeError, "guidance_scale must be a number"),
+    "two types": (lambda: semantic(self_map=MAP.double()), TypeError, "must have one dtype"),
+    "factor 0": (lambda: guide(factor=0), ValueError, "factor must be >= 1, got 0"),
+    "sums factor 0": (lambda: region_sums(factor=0), ValueError, "factor must be >= 1, got 0"),
+    "labels high": (
+        lambda: guide(LABELS + T),
+        ValueError,
+        r"labels must be in \[0, 5\), got 5 to 5",
+    ),
+    "labels low": (lambda: region_sums(LABELS - 1), ValueError, r"labels must be in \[0, 5\)"),
+    "no start": (lambda: ops.segment([LEVEL], None, H, W, [1]), TypeError, "start must be a list"),
+    "start None": (lambda: ops.segment([LEVEL], [None], H, W, [1]), TypeError, r"start\[0\] must"),
+    "factors 0": (
+        lambda: ops.segment([LEVEL], [LEVEL], H, W, [0]),
+        ValueError,
+        r"factors\[0\] must",
+    ),
+    "every": (lambda: Run(CONFIG, every=True), ValueError, "every must be an int >= 1, got True"),
+    "rate_max": (lambda: scfg.SCFGConfig(rate_max=1e308), ValueError, "rate_max must be finite"),
+    "reduction": (lambda: scfg.SCFGConfig(map_reduction=True), ValueError, "map_reduction must be"),
+    "layers": (lambda: scfg.SCFGConfig(layers_per_level=True), ValueError, "layers_per_level must"),
+    "half a step": (lambda: scaled_linear().timesteps(2.5, "leading"), ValueError, "got 2.5"),
+    "all steps": (
+        lambda: dpmpp_2m(None, EPS[0], scaled_linear(), 1000, spacing="linspace"),
+        ValueError,
+        "steps must be 1 to 999 with 'linspace' spacing, got 1000",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_argument_out_of_place_is_named(case):
+    call, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@given(st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1.0]), st.integers(0, T - 1))
+def test_weights_are_finite_and_positive_wherever_they_are_given(value, token):
+    weights = torch.ones(T)
+    weights[token] = value
+    seven = torch.nn.functional.pad(weights, (0, 2), value=1.0)
+    for call in (
+        lambda: semantic(weights=weights),
+        lambda: by_regions(seven),
+        lambda: fit_weights(weights, 2, T),
+    ):
+        with pytest.raises(ValueError, match="token_weights must be finite and > 0"):
+            call()
+
+
+@given(st.integers(1, 100), st.integers(0, 100), st.integers(0, 100))
+def test_a_window_holds_the_steps_it_names_and_two_make_a_whole(steps, first, end):
+    first, end = sorted((first % (steps + 1), end % (steps + 1)))
+    if first == end:
+        return
+    acts = {}
+    for part in ((0, first), (first, end), (end, steps)):
+        if part[0] < part[1]:
+            run = Run(CONFIG, start=part[0] / steps, stop=part[1] / steps)
+            for step in range(steps):
+                if run.acts_at(step, steps):
+                    assert step not in acts
+                    acts[step] = part
+    assert acts == {
+        step: part for part in ((0, first), (first, end), (end, steps)) for step in range(*part)
+    }
+
+
+def test_an_empty_window_is_an_error():
+    with pytest.raises(ValueError, match="must have a step of 20 between them"):
+        Run(CONFIG, start=0.5, stop=0.51).acts_at(3, 20)
+
+
+def test_a_size_at_which_levels_collide_does_not_meet_the_next():
+    net = build("own")[0]
+    assert isinstance(net, UNet)
+    config = scfg.SCFGConfig(map_reduction=1, coarsest_reduction=4, layers_per_level=1)
+
+    def call(unet, size):
+        make = torch.Generator().manual_seed(sum(size))
+        x, context = torch.randn(2, 4, *size, generator=make), torch.randn(2, 7, 24, generator=make)
+        eps = unet(x, torch.tensor(3), context).chunk(2)
+        return unet.guide(*eps, 5.0).labels, {layer.reduction for layer in unet.attention}
+
+    with scfg.UNetWrapper(net, config) as fresh:
+        expected, _ = call(fresh, (16, 16))
+    with scfg.UNetWrapper(net, config) as unet:
+        call(unet, (2, 2))
+        for _ in range(2):
+            labels, levels = call(unet, (16, 16))
+            assert torch.equal(labels, expected)
+            assert levels == {1, 2, 4}
+
+
+def test_a_run_of_another_picture_from_a_later_step_finds_its_own_regions():
+    net, (x, _, context), _ = build("own")
+    steps, seen = [9.0, 7.0, 5.0, 3.0], []
+    other = torch.randn(4, 7, 24, generator=torch.Generator().manual_seed(9))
+    options = dict(config=CONFIG, timesteps=steps, every=4, callback=seen.append)
+    with scfg.guided(net, 5.0, **options) as guided:
+        halves = context[:2], context[2:]
+        for t in steps[:2]:
+            guided(x[:2], torch.tensor(t), *halves)
+        mixed = other[:2], other[2:]
+        guided(x[2:] + 1, torch.tensor(steps[2]), *mixed)
+    with scfg.guided(net, 5.0, CONFIG) as alone:
+        alone.run.callback = seen.append
+        alone(x[2:] + 1, torch.tensor(steps[2]), *mixed)
+    assert torch.equal(seen[2].labels, seen[3].labels)
+    assert not torch.equal(seen[2].labels, seen[1].labels)
