@@ -192,6 +192,20 @@ def _patch_regions(
     return Regions(labels, foreground, patches.text, flat, "foreground", benchmark_rule(config))
 
 
+def _row_weights(token_weights: Tensor | None, eps: Tensor, tokens: int) -> Tensor | None:
+    """Weights (t,) or (b, t) as (b, t) float32 on the device of eps."""
+    if token_weights is None:
+        return None
+    ops.check_weights(token_weights)
+    b = len(eps)
+    if token_weights.shape not in ((tokens,), (b, tokens)):
+        raise ValueError(
+            f"token_weights must be ({tokens},) or ({b}, {tokens}), got "
+            f"{tuple(token_weights.shape)}"
+        )
+    return token_weights.to(eps.device, torch.float32).expand(b, -1)
+
+
 def guide_regions(
     eps_uncond: Tensor,
     eps_text: Tensor,
@@ -222,15 +236,7 @@ def guide_regions(
     """
     factor = _pixels_per_patch(eps_text, regions.labels)
     scale = as_scale(guidance_scale, eps_text)
-    if token_weights is not None:
-        ops.check_weights(token_weights)
-        if token_weights.shape not in ((regions.tokens,), (len(eps_text), regions.tokens)):
-            raise ValueError(
-                f"token_weights must be ({regions.tokens},) or ({len(eps_text)}, {regions.tokens}),"
-                f" got {tuple(token_weights.shape)}"
-            )
-        token_weights = token_weights.to(eps_text.device, torch.float32)
-        token_weights = token_weights.expand(eps_text.shape[0], -1)
+    token_weights = _row_weights(token_weights, eps_text, regions.tokens)
     frames = eps_text.shape[2] if eps_text.dim() == 5 else 1
     labels, foreground = regions.labels, regions.foreground
     if eps_text.dim() == 5:  # each frame by itself, but for the sums
@@ -298,9 +304,7 @@ def guide_evidence(
         )
     tokens, start, h, w, factors = _levels(uncond, text, config)
     benchmark, rule = unet_benchmark(config)
-    if token_weights is not None:
-        token_weights = token_weights.to(eps_text.device, torch.float32)
-        token_weights = token_weights.expand(eps_text.shape[0], -1)
+    token_weights = _row_weights(token_weights, eps_text, text.tokens)
     found = ops.guide_evidence(
         eps_uncond,
         eps_text,

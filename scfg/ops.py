@@ -354,6 +354,7 @@ def guide_evidence(
     if tokens[0].shape[0] != b:
         raise ValueError(f"tokens[0] must have {b} images, got {tokens[0].shape[0]}")
     if token_weights is not None:
+        check_weights(token_weights)
         _shape(token_weights, "token_weights", b, tokens[0].shape[2] - 1)
     return backends.run(
         "guide_evidence",
