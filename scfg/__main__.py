@@ -13,8 +13,8 @@ import torch
 from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS, SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
-from scfg.files import write_text, write_whole
 from scfg.models.embedded import load_model
+from scfg.models.files import write_text, write_whole
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,8 +13,9 @@ from conftest import assert_close
 
 import scfg
 from scfg.adapters.k_diffusion import denoiser
-from scfg.guidance import find_regions, guide_regions
+from scfg.guidance import guide_regions
 from scfg.recording.recorder import AttentionRecorder
+from scfg.regions import find_regions
 
 SPEC = importlib.util.find_spec("k_diffusion")
 if SPEC is None:

@@ -11,9 +11,9 @@ from scfg.__main__ import main
 from scfg.adapters.checkpoints import load
 from scfg.evaluate import work
 from scfg.evaluate.draw import Point
-from scfg.files import read_tensors, write_text, write_whole
 from scfg.models import judge, shapes_judge
 from scfg.models.embedded import load_model, networks, save_weights
+from scfg.models.files import read_tensors, write_text, write_whole
 
 
 @pytest.fixture

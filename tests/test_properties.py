@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import scfg
-from scfg.guidance import Regions, guide_regions
+from scfg.guidance import guide_regions
+from scfg.regions import Regions
 
 TIGHT = 1e-9  # share; cases are float64, where near ties do not occur
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from scfg.files import read_json
+from scfg.models.files import read_json
 
 
 def load(

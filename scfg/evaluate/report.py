@@ -23,8 +23,8 @@ from scfg.evaluate.tradeoff import (
     point_rows,
 )
 from scfg.evaluate.work import PROMPTS, Plan, collect, seconds_spent
-from scfg.files import write_text
 from scfg.models.embedded import EmbeddedModel
+from scfg.models.files import write_text
 from scfg.models.shapes import caption
 from scfg.models.shapes_judge import WEIGHTS as JUDGE_WEIGHTS
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from scfg.evaluate.draw import Point, draw, scene
 from scfg.evaluate.inconsistency import true_spread
 from scfg.evaluate.regions import probe, score
-from scfg.files import read_json, read_tensors, write_text, write_whole
 from scfg.models.embedded import EmbeddedModel
+from scfg.models.files import read_json, read_tensors, write_text, write_whole
 from scfg.models.shapes import render
 from scfg.models.shapes_judge import Judge, agreement, read
 

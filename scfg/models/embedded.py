@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.files import read_tensors, write_whole
 from scfg.models import emoji, shapes
+from scfg.models.files import read_tensors, write_whole
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.unet import UNet, UNetConfig
 from scfg.sampling import Schedule, scaled_linear

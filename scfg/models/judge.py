@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfg.files import read_tensors
 from scfg.models.emoji import (
     COLOURS,
     LARGEST,
@@ -25,6 +24,7 @@ from scfg.models.emoji import (
     TINTS,
     Scene,
 )
+from scfg.models.files import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge-emoji.safetensors"
 CLASSES = ("ground", *NOUNS)  # of patches

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scfg.files import write_whole
 from scfg.models.emoji import NOUNS, OBJECTS, Scene, render, sample_scenes
+from scfg.models.files import write_whole
 from scfg.models.judge import (
     WEIGHTS,
     Judge,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfg.files import read_tensors
+from scfg.models.files import read_tensors
 from scfg.models.shapes import COLOURS, SHAPES, TEXTURES, Scene, render, sample_scenes
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge-shapes.safetensors"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scfg.files import write_whole
+from scfg.models.files import write_whole
 from scfg.models.shapes import render, sample_scenes
 from scfg.models.shapes_judge import WEIGHTS, Judge, layouts, load_judge, measure, truth
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scfg.files import read_json, read_tensors, write_text, write_whole
 from scfg.models.embedded import ModelConfig, networks, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
+from scfg.models.files import read_json, read_tensors, write_text, write_whole
 from scfg.models.text import Tokenizer
 from scfg.models.unet import UNetConfig
 from scfg.sampling import scaled_linear

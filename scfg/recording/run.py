@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import (
-    Guided,
-    Regions,
-    find_regions,
-    guide_evidence,
-    guide_regions,
-    unet_benchmark,
-)
+from scfg.guidance import Guided, guide_evidence, guide_regions
 from scfg.recording.phrases import fit_weights
 from scfg.recording.recorder import AttentionRecorder
+from scfg.regions import Regions, find_regions, unet_benchmark
 
 
 @dataclass

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided, Regions, find_regions, guide_evidence
+from scfg.guidance import Guided, guide_evidence
 from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
 from scfg.recording.recorder import AttentionLayer, AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
+from scfg.regions import Regions, find_regions
 
 
 class Recorder:

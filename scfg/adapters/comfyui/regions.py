@@ -10,8 +10,9 @@ from scfg import reference
 from scfg.config import SCFGConfig
 from scfg.drawing.picture import NO_WORD, PALETTE, viridis
 from scfg.evidence import Evidence
-from scfg.guidance import Guided, Regions, find_regions
+from scfg.guidance import Guided
 from scfg.recording.phrases import weigh_phrases
+from scfg.regions import Regions, find_regions
 
 ENLARGED = 8  # image pixels per latent pixel
 
