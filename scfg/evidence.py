@@ -143,7 +143,7 @@ def fold(
         weights,
         total,
         propagation=config.propagation,
-        steps=config.propagation_steps,
+        powers=config.propagation_steps,
         backend=backend,
     )
     layers.append(completed)

@@ -154,7 +154,7 @@ def guide_regions(
         eps_text,
         labels,
         foreground,
-        tokens=regions.tokens,
+        token_count=regions.tokens,
         factor=factor,
         backend=backend,
     )
@@ -207,18 +207,13 @@ def guide_evidence(
         return guide_regions(
             eps_uncond, eps_text, regions, guidance_scale, config, backend, token_weights
         )
-    tokens, start, h, w, factors = evidence_levels(uncond, text, config)
     benchmark, rule = unet_benchmark(config)
     token_weights = _row_weights(token_weights, eps_text, text.tokens)
     found = ops.guide_evidence(
         eps_uncond,
         eps_text,
-        tokens,
-        start,
-        h,
-        w,
-        factors,
-        as_scale(guidance_scale, eps_text),
+        **evidence_levels(uncond=uncond, text=text, config=config),
+        guidance_scale=as_scale(guidance_scale, eps_text),
         factor=config.map_reduction,
         benchmark=benchmark,
         rate_min=config.rate_min,

@@ -116,13 +116,13 @@ def attention_apply(
     return backends.run("attention_apply", backend, q=q, k=k, columns=columns, heads=heads)
 
 
-def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation: str, steps: int):
+def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation: str, powers: int):
     _shape(columns, name, "b", "n", "t")
     _floating(columns, name)
     if propagation not in ("paper", "official", "none"):
         raise ValueError(f"propagation must be 'paper', 'official' or 'none', got {propagation!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    if powers < 1:
+        raise ValueError(f"powers must be >= 1, got {powers}")
     if propagation == "none":
         return
     if self_map is None:
@@ -140,18 +140,18 @@ def propagate(
     self_map: Tensor | None,
     columns: Tensor,
     propagation: str = "paper",
-    steps: int = 4,
+    powers: int = 4,
     backend: str = "auto",
 ) -> Tensor:
     """Complete token maps through self-attention, see `scfg.reference.propagate`."""
-    _check_maps(self_map, columns, "columns", propagation, steps)
+    _check_maps(self_map, columns, "columns", propagation, powers)
     return backends.run(
         "propagate",
         backend,
         self_map=self_map,
         columns=columns,
         propagation=propagation,
-        steps=steps,
+        powers=powers,
     )
 
 
@@ -161,11 +161,11 @@ def complete(
     weights: Tensor,
     total: Tensor | None = None,
     propagation: str = "paper",
-    steps: int = 4,
+    powers: int = 4,
     backend: str = "auto",
 ) -> Tensor:
     """Fold one layer into the evidence of its level, see `scfg.reference.complete`."""
-    _check_maps(self_map, cross_map, "cross_map", propagation, steps)
+    _check_maps(self_map, cross_map, "cross_map", propagation, powers)
     b, n, t = cross_map.shape
     _shape(weights, "weights", n)
     if total is not None:
@@ -178,43 +178,43 @@ def complete(
         weights=weights,
         total=total,
         propagation=propagation,
-        steps=steps,
+        powers=powers,
     )
 
 
 def _check_levels(
-    tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
+    text: list[Tensor], front: list[Tensor], h: int, w: int, factors: list[int]
 ) -> None:
-    for name, value in (("tokens", tokens), ("start", start), ("factors", factors)):
+    for name, value in (("text", text), ("front", front), ("factors", factors)):
         if not isinstance(value, (list, tuple)):
             raise TypeError(f"{name} must be a list, one entry a level, got {type(value).__name__}")
-    if not tokens or not len(tokens) == len(start) == len(factors):
+    if not text or not len(text) == len(front) == len(factors):
         raise ValueError(
-            "tokens, start and factors must have one entry per level, at least one, "
-            f"got {len(tokens)}, {len(start)} and {len(factors)}"
+            "text, front and factors must have one entry per level, at least one, "
+            f"got {len(text)}, {len(front)} and {len(factors)}"
         )
-    for name, levels in (("tokens", tokens), ("start", start)):
+    for name, levels in (("text", text), ("front", front)):
         _shape(levels[0], f"{name}[0]", "b", "n", "t+1")
         for level, (x, factor) in enumerate(zip(levels, factors, strict=True)):
             if factor < 1:
                 raise ValueError(f"factors[{level}] must be >= 1, got {factor}")
             n = -(-h // factor) * -(-w // factor)
-            _shape(x, f"{name}[{level}]", tokens[0].shape[0], n, levels[0].shape[2])
+            _shape(x, f"{name}[{level}]", text[0].shape[0], n, levels[0].shape[2])
             _finite(x, f"{name}[{level}] (evidence of the attention maps)")
 
 
 def segment(
-    tokens: list[Tensor],
-    start: list[Tensor],
+    text: list[Tensor],
+    front: list[Tensor],
     h: int,
     w: int,
     factors: list[int],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels and foreground from the evidence of all levels, see `scfg.reference.segment`."""
-    _check_levels(tokens, start, h, w, factors)
+    _check_levels(text, front, h, w, factors)
     return backends.run(
-        "segment", backend, tokens=list(tokens), start=list(start), h=h, w=w, factors=list(factors)
+        "segment", backend, text=list(text), front=list(front), h=h, w=w, factors=list(factors)
     )
 
 
@@ -240,7 +240,7 @@ def check_predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
                 raise ValueError(f"{name} must be within +-{LARGEST:g}, got {x.abs().amax():g}")
 
 
-def _check_labels(eps_text: Tensor, labels: Tensor, factor: int, tokens: int) -> None:
+def _check_labels(eps_text: Tensor, labels: Tensor, factor: int, token_count: int) -> None:
     b, _, height, width = eps_text.shape
     if factor < 1:
         raise ValueError(f"factor must be >= 1, got {factor}")
@@ -248,9 +248,9 @@ def _check_labels(eps_text: Tensor, labels: Tensor, factor: int, tokens: int) ->
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not 0 <= labels.min() <= labels.max() < tokens:
+        if not 0 <= labels.min() <= labels.max() < token_count:
             raise ValueError(
-                f"labels must be in [0, {tokens}), got {labels.min():d} to {labels.max():d}"
+                f"labels must be in [0, {token_count}), got {labels.min():d} to {labels.max():d}"
             )
 
 
@@ -267,13 +267,13 @@ def region_sums(
     eps_text: Tensor,
     labels: Tensor,
     foreground: Tensor,
-    tokens: int,
+    token_count: int,
     factor: int,
     backend: str = "auto",
 ) -> Tensor:
     """Sums of the guidance norm over regions, see `scfg.reference.region_sums`."""
     check_predictions(eps_uncond, eps_text)
-    _check_labels(eps_text, labels, factor, tokens)
+    _check_labels(eps_text, labels, factor, token_count)
     _shape(foreground, "foreground", *labels.shape)
     return backends.run(
         "region_sums",
@@ -282,7 +282,7 @@ def region_sums(
         eps_text=eps_text,
         labels=labels,
         foreground=foreground,
-        tokens=tokens,
+        token_count=token_count,
         factor=factor,
     )
 
@@ -329,8 +329,8 @@ def guide(
 def guide_evidence(
     eps_uncond: Tensor,
     eps_text: Tensor,
-    tokens: list[Tensor],
-    start: list[Tensor],
+    text: list[Tensor],
+    front: list[Tensor],
     h: int,
     w: int,
     factors: list[int],
@@ -345,24 +345,24 @@ def guide_evidence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From evidence to the guided prediction, see `scfg.reference.guide_evidence`."""
     check_predictions(eps_uncond, eps_text)
-    _check_levels(tokens, start, h, w, factors)
+    _check_levels(text, front, h, w, factors)
     b, _, height, width = eps_text.shape
     if (h, w) != (-(-height // factor), -(-width // factor)):
         raise ValueError(
             f"h and w must be those of ({height}, {width}) reduced by {factor}, got {h} and {w}"
         )
-    if tokens[0].shape[0] != b:
-        raise ValueError(f"tokens[0] must have {b} images, got {tokens[0].shape[0]}")
+    if text[0].shape[0] != b:
+        raise ValueError(f"text[0] must have {b} images, got {text[0].shape[0]}")
     if token_weights is not None:
         check_weights(token_weights)
-        _shape(token_weights, "token_weights", b, tokens[0].shape[2] - 1)
+        _shape(token_weights, "token_weights", b, text[0].shape[2] - 1)
     return backends.run(
         "guide_evidence",
         backend,
         eps_uncond=eps_uncond,
         eps_text=eps_text,
-        tokens=list(tokens),
-        start=list(start),
+        text=list(text),
+        front=list(front),
         h=h,
         w=w,
         factors=list(factors),

@@ -100,15 +100,17 @@ def linear_attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
     return (scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-15)).mean(dim=1)
 
 
-def split_joint(joint_map: Tensor, text: int, joint: str = "renormalise") -> tuple[Tensor, Tensor]:
+def split_joint(
+    joint_map: Tensor, token_count: int, joint: str = "renormalise"
+) -> tuple[Tensor, Tensor]:
     """Self and cross map of image patches whose softmax runs over text and image keys at once.
 
-    ``C = J[:, :text]`` as it is; ``S = J[:, text:]``, divided by its row sums if ``joint`` is
+    ``C = J[:, :t]`` as it is; ``S = J[:, t:]``, divided by its row sums if ``joint`` is
     ``"renormalise"``.
 
     Args:
-        joint_map: (b, n, text+n) head-mean probabilities of the image patches, text keys first.
-        text: t, the number of text keys.
+        joint_map: (b, n, t+n) head-mean probabilities of the image patches, text keys first.
+        token_count: t, the number of text keys.
         joint: ``"renormalise"``: a walk from patch to patch goes on whatever a patch reads of the
             text, as in a U-Net, where the two maps are apart. ``"raw"``: S^p C fades with the share
             of text that patches read.
@@ -119,7 +121,9 @@ def split_joint(joint_map: Tensor, text: int, joint: str = "renormalise") -> tup
     Source: none in the paper. ``"raw"`` is what the code does for DeepFloyd IF; C is left raw
     because that was best in Seg4Diff's comparison (arXiv 2509.18096).
     """
-    cross_map, self_map = wide(joint_map).split((text, joint_map.shape[-1] - text), dim=-1)
+    cross_map, self_map = wide(joint_map).split(
+        (token_count, joint_map.shape[-1] - token_count), dim=-1
+    )
     if joint == "renormalise":
         self_map = self_map / self_map.sum(dim=-1, keepdim=True).clamp_min(1e-30)
     return self_map, cross_map

@@ -24,13 +24,13 @@ def group_columns(cross_map: Tensor, groups: Tensor, count: int) -> Tensor:
     return total.scatter_add(-1, groups[:, None, :].expand_as(cross_map), cross_map)
 
 
-def power_weights(propagation: str, steps: int) -> tuple[float, ...]:
+def power_weights(propagation: str, powers: int) -> tuple[float, ...]:
     """Weight of S^p C, p = 1, 2, ..., in `propagate`; empty for ``"none"``."""
-    return {"paper": (1 / steps,) * steps, "official": (1 / 4, 3 / 4), "none": ()}[propagation]
+    return {"paper": (1 / powers,) * powers, "official": (1 / 4, 3 / 4), "none": ()}[propagation]
 
 
 def propagate(
-    self_map: Tensor | None, columns: Tensor, propagation: str = "paper", steps: int = 4
+    self_map: Tensor | None, columns: Tensor, propagation: str = "paper", powers: int = 4
 ) -> Tensor:
     """Complete token maps through self-attention.
 
@@ -41,7 +41,7 @@ def propagate(
         self_map: (b, n, n), S; may be None when propagation is ``"none"``.
         columns: (b, n, t), C.
         propagation: ``"paper"``, ``"official"`` or ``"none"``.
-        steps: P, the number of powers of ``"paper"``.
+        powers: P, the number of powers of ``"paper"``.
 
     Returns:
         (b, n, t) in the accumulation type.
@@ -54,7 +54,7 @@ def propagate(
         return columns.clone()
     self_map = wide(self_map)
     total = torch.zeros_like(columns)
-    for weight in power_weights(propagation, steps):
+    for weight in power_weights(propagation, powers):
         columns = self_map @ columns
         total = total + weight * columns
     return total
@@ -66,7 +66,7 @@ def complete(
     weights: Tensor,
     total: Tensor | None = None,
     propagation: str = "paper",
-    steps: int = 4,
+    powers: int = 4,
 ) -> Tensor:
     """Fold one layer into the evidence of its level: propagate, renormalise over space, add.
 
@@ -80,7 +80,7 @@ def complete(
         weights: (n,) from `spatial_weights`.
         total: (b, n, t+1) evidence so far, or None for zero.
         propagation: See `propagate`.
-        steps: See `propagate`.
+        powers: See `propagate`.
 
     Returns:
         (b, n, t+1) in the accumulation type, a new tensor: t token columns, then "not START".
@@ -88,7 +88,7 @@ def complete(
     Source: the code upsamples, blurs, then divides by the spatial mean; the division commutes with
     both, which are linear.
     """
-    tokens = propagate(self_map, cross_map, propagation, steps)  # (b, n, t)
+    tokens = propagate(self_map, cross_map, propagation, powers)  # (b, n, t)
     rest = tokens[..., 1:].sum(dim=-1, keepdim=True)  # (b, n, 1)
     columns = torch.cat([tokens, rest], dim=-1)  # (b, n, t+1)
     mean = torch.einsum("n,bnt->bt", weights.to(columns), columns)[:, None, :]  # (b, 1, t+1)

@@ -36,7 +36,7 @@ def region_sums(
     eps_text: Tensor,
     labels: Tensor,
     foreground: Tensor,
-    tokens: int,
+    token_count: int,
     factor: int,
 ) -> Tensor:
     """Sum of the guidance norm and number of pixels of every region.
@@ -46,7 +46,7 @@ def region_sums(
         eps_text: (b, c, H, W).
         labels: (b, h, w) int64, pixel (i, j) belongs to patch (i // factor, j // factor).
         foreground: (b, h, w) bool.
-        tokens: t.
+        token_count: t.
         factor: Latent pixels per patch.
 
     Returns:
@@ -57,7 +57,7 @@ def region_sums(
     a = rearrange([a, torch.ones_like(a)], "k b h w -> b (h w) k")
     size = eps_text.shape[-2:]
     owner = rearrange(spread(labels, *size, factor), "b h w -> b (h w)")
-    sums = a.new_zeros(a.shape[0], tokens, 2)
+    sums = a.new_zeros(a.shape[0], token_count, 2)
     sums = sums.scatter_add(1, owner[..., None].expand(-1, -1, 2), a)  # (b, t, 2)
     inside = rearrange(spread(foreground, *size, factor), "b h w -> b (h w)")
     benchmark = torch.where(inside[..., None], a, 0).sum(dim=1, keepdim=True)  # (b, 1, 2)
@@ -153,8 +153,8 @@ def guide(
 def guide_evidence(
     eps_uncond: Tensor,
     eps_text: Tensor,
-    tokens: list[Tensor],
-    start: list[Tensor],
+    text: list[Tensor],
+    front: list[Tensor],
     h: int,
     w: int,
     factors: list[int],
@@ -171,8 +171,8 @@ def guide_evidence(
     Args:
         eps_uncond: (b, c, H, W).
         eps_text: (b, c, H, W).
-        tokens: See `segment`.
-        start: See `segment`.
+        text: See `segment`.
+        front: See `segment`.
         h: See `segment`.
         w: See `segment`.
         factors: See `segment`.
@@ -188,8 +188,8 @@ def guide_evidence(
         eps (b, c, H, W), rate (b, 1, H, W), labels (b, h, w), foreground (b, h, w),
         `start_is_flat` (b,).
     """
-    labels, foreground, flat = segment(tokens, start, h, w, factors)
-    count = tokens[0].shape[2] - 1
+    labels, foreground, flat = segment(text, front, h, w, factors)
+    count = text[0].shape[2] - 1
     sums = region_sums(eps_uncond, eps_text, labels, foreground, count, factor)
     limits = (benchmark, rate_min, rate_max, max_scale)
     eps, rate = guide(

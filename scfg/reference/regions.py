@@ -35,25 +35,25 @@ def start_is_flat(evidence: list[Tensor]) -> Tensor:
 
 
 def segment(
-    tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
+    text: list[Tensor], front: list[Tensor], h: int, w: int, factors: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give each patch to the token with the largest evidence, and mark the foreground.
 
     ``E = blur(sum_l upsample(E_l))``; ``label = argmax_{j<t} E_j``, lowest index on ties;
-    ``foreground = E_rest > E_START``, with START and the rest from ``start``, or from ``tokens``
+    ``foreground = E_rest > E_START``, with START and the rest from ``front``, or from ``text``
     for an image of which `start_is_flat`; none where that is so of both.
 
     Args:
-        tokens: Evidence of the text branch from `complete`, one (b, n_l, t+1) per level with
+        text: Evidence of the text branch from `complete`, one (b, n_l, t+1) per level with
             n_l = ceil(h/factor_l) * ceil(w/factor_l). Its last column is not read.
-        start: Evidence that decides the foreground, one (b, n_l, u+1) per level; columns 0 (START)
+        front: Evidence that decides the foreground, one (b, n_l, u+1) per level; columns 0 (START)
             and u (the rest) are read.
         h: Rows of the label grid.
         w: Columns of it.
         factors: Reduction of each level with respect to the label grid.
 
     Returns:
-        labels (b, h, w) int64 in [0, t), foreground (b, h, w) bool, `start_is_flat` of ``start``
+        labels (b, h, w) int64 in [0, t), foreground (b, h, w) bool, `start_is_flat` of ``front``
         (b,) bool.
 
     Source: code, whose comparison with the maximum gives a tied patch to every winner; one owner is
@@ -67,12 +67,12 @@ def segment(
             total = total + upsample(grid, h, w, factor)
         return blur(total)  # (b, t, h, w)
 
-    labels = assemble([x[..., :-1] for x in tokens]).argmax(dim=1)  # (b, h, w)
-    flat = start_is_flat(start)  # (b,)
+    labels = assemble([x[..., :-1] for x in text]).argmax(dim=1)  # (b, h, w)
+    flat = start_is_flat(front)  # (b,)
     pairs = [
         torch.where(flat[:, None, None], own[..., (0, -1)], other[..., (0, -1)])
-        for own, other in zip(tokens, start, strict=True)
+        for own, other in zip(text, front, strict=True)
     ]  # (b, n_l, 2)
     start_map, rest = assemble(pairs).unbind(dim=1)  # (b, h, w) each
-    marked = ~(flat & start_is_flat(tokens))[:, None, None]
+    marked = ~(flat & start_is_flat(text))[:, None, None]
     return labels, (rest > start_map) & marked, flat
