@@ -13,7 +13,7 @@ import torch
 
 from scfg.config import SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
-from scfg.models.embedded import load_model
+from scfg.models.embedded import WEIGHTS, load_model
 from scfg.models.files import write_text, write_whole
 from scfg.options import build_parser
 
@@ -181,6 +181,8 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
     """
     if options.model_config is not None and options.model is None:
         raise ValueError("--model-config is of a --model, got none")
+    if options.model is not None and options.weights is not None:
+        raise ValueError("--model and --weights are two models: give one of them")
     if options.model is not None:
         from scfg.adapters import checkpoints
         from scfg.adapters.generate import draw as draw_with
@@ -190,7 +192,8 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
     else:
         if not options.prompt.strip():
             raise ValueError("prompt must have a word, got none")
-        model = load_model(device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(WEIGHTS if options.weights is None else options.weights, device)
         model.tokenizer.tokens(options.prompt)
         source, config = partial(draw, model), model.config
     return source, replace(config, propagation=options.propagation)

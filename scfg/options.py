@@ -63,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trace", type=Path, metavar="DIR", help="also one PNG per image of several steps there")
     add("--html", type=Path, metavar="FILE", help="also one interactive page")
     add("--model", type=Path, metavar="PATH", help="a folder or .safetensors file for diffusers")
+    add("--weights", type=Path, metavar="FILE", help=(
+        "of an embedded network, as scfg.models.train exports them; default: the U-Net's"
+    ))  # fmt: skip
     add("--model-config", type=Path, metavar="DIR", help=(
         "for a .safetensors file: folder of a model of its kind, of which no weights are read"
     ))  # fmt: skip

@@ -40,7 +40,7 @@ def model():
 @pytest.fixture
 def run(model, monkeypatch, tmp_path):
     """Run `scfg generate` in an empty folder, for three steps."""
-    monkeypatch.setattr(cli, "load_model", lambda device: model)
+    monkeypatch.setattr(cli, "load_model", lambda path, device: model)
     monkeypatch.chdir(tmp_path)
 
     def run(*options, prompt=PROMPT):
@@ -213,7 +213,7 @@ def test_what_could_not_be_written_is_refused_before_anything_is_loaded_or_drawn
 ):
     Path("file").write_text("no folder")
     Path("folder.png").mkdir()
-    monkeypatch.setattr(cli, "load_model", lambda device: pytest.fail("loaded"))
+    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("loaded"))
     assert run(*options) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["file", "folder.png"]
