@@ -102,7 +102,7 @@ def transformer(name):
                 return prompt[0], negative[0], prompt[1], negative[1]
             return *(negative if text == " " else prompt), torch.zeros(12, 3)
 
-        pipe.encode_prompt = encode_prompt
+        pipe.encode_prompt, pipe.default_sample_size = encode_prompt, 12
         return {"pipe": pipe}
 
     return make
