@@ -14,6 +14,7 @@ is a row that says so: on a CPU it is not tried, as running out of memory kills 
 import argparse
 import gc
 import statistics
+import sys
 
 import torch
 
@@ -99,6 +100,7 @@ def take_turns(steps, arguments, rounds, device, peaks):
         count = max(1, min(10, int(0.2 / fastest)))
     for turn in range(rounds):
         order = list(steps) if turn % 2 == 0 else list(steps)[::-1]
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
         for key in order:
             with peak_mib(device) as peak:
                 taken = seconds(lambda key=key: steps[key](*arguments), device, count)

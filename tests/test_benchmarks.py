@@ -1,4 +1,4 @@
-"""Benchmarks measure what they say, refuse wrong results, and the README repeats their records."""
+"""Benchmarks measure what they say, refuse wrong results, and the docs repeat their records."""
 
 import json
 import math
@@ -295,16 +295,20 @@ def test_the_table_states_gpu_figures():
     assert "0 of 1 held. Failed: x." in text and table.NO_GPU not in text
 
 
-def test_the_section_of_the_readme_is_replaced_and_nothing_else():
-    text = f"a\n{table.BEGIN}\nold\n{table.END}\nb\n"
-    assert table.replaced(text, "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nb\n"
+def test_a_table_of_a_page_is_replaced_and_nothing_else():
+    begin, end = table.markers("x")
+    text = f"a\n{begin}\nold\n{end}\nb\n"
+    assert table.replaced(text, "x", "new") == f"a\n{begin}\nnew\n{end}\nb\n"
     with pytest.raises(ValueError, match="once each"):
-        table.section("no markers")
+        table.section("no markers", "x")
 
 
-def test_the_readme_repeats_the_records():
-    text = table.section((ROOT / "README.md").read_text())
-    assert text == f"\n{table.render(records.load())}\n", "run python -m benchmarks.table"
+@pytest.mark.parametrize("name", table.TABLES)
+def test_the_pages_repeat_the_records(name):
+    page, make = table.TABLES[name]
+    text = table.section((ROOT / page).read_text(), name)
+    assert text == f"\n{make()}\n", "run python -m benchmarks.table"
+    assert len(text.splitlines()) > 6
 
 
 @CPU_ONLY

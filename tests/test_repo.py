@@ -23,7 +23,7 @@ FLOORS = {
     "scfg/recording": 6, "scfg/methods": 6, "scfg/models": 6,
     "scfg/__init__": 7,
     "scfg/drawing": 8,
-    "scfg/adapters": 9, "scfg/evaluate": 9,
+    "scfg/adapters": 9, "scfg/evaluate": 9, "scfg/options": 9,
     "scfg/__main__": 10,
 }  # fmt: skip
 HOSTS = {"diffusers", "comfy", "k_diffusion", "transformers", "comfy_api"}
