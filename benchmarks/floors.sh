@@ -9,10 +9,11 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 logs=${LOGS:-$(mktemp -d)}
 pairs=("$@")
-[ ${#pairs[@]} -gt 0 ] || pairs=(2.6.0:3.2.0 2.7.1:3.3.1 2.8.0:3.4.0 2.9.1:3.5.1 2.11.0:3.6.0 2.13.0:3.7.1)
+[ ${#pairs[@]} -gt 0 ] || pairs=(2.8.0:3.4.0 2.9.1:3.5.1 2.10.0:3.6.0 2.13.0:3.7.1)
 tests=(reference guidance ops errors recording sampling launches twins_attention twins_guidance adapter_diffusers transformers)
 
-echo "| Python | torch | triton | tests | kernels compiled, of 20 |"
+kernels=$(cat csrc_triton/*.py | grep -cE '^def _\w+_kernel\(')
+echo "| Python | torch | triton | tests | kernels compiled, of $((2 * kernels)) |"
 echo "|---|---|---|---|--:|"
 for pair in "${pairs[@]}"; do
   torch=${pair%:*} triton=${pair#*:} work=$(mktemp -d) log=$logs/$torch.log
