@@ -178,7 +178,7 @@ def _fake_guide_evidence(eps_uncond, eps_text, text, front, h, w, *args, **kwarg
     return *_fake_guide(eps_uncond, eps_text), labels, foreground, flat
 
 
-for _name in ("attention_map", "attention_maps", "propagate", "complete", "segment"):
+for _name in ("attention_map", "attention_maps", "joint_maps", "propagate", "complete", "segment"):
     _define(_name)
 _define("attention_apply", _fake_apply)
 _define("region_sums", _fake_region_sums)

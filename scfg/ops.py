@@ -52,6 +52,38 @@ def attention_maps(
     )
 
 
+def joint_maps(
+    q: Tensor,
+    k: Tensor,
+    token_count: int,
+    heads: int,
+    key_bias: Tensor | None = None,
+    joint: str = "renormalise",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Self and cross map under one softmax, see `scfg.reference.joint_maps`."""
+    checks.queries_and_keys(q, k, heads)
+    if not 1 <= token_count < k.shape[1]:
+        raise ValueError(
+            f"token_count must be 1 to {k.shape[1] - 1}, so that k has text and image keys, got "
+            f"{token_count}"
+        )
+    if key_bias is not None:
+        checks.shape(key_bias, "key_bias", q.shape[0], k.shape[1])
+    if joint not in ("renormalise", "raw"):
+        raise ValueError(f"joint must be 'renormalise' or 'raw', got {joint!r}")
+    return backends.run(
+        "joint_maps",
+        backend,
+        q=q,
+        k=k,
+        token_count=token_count,
+        heads=heads,
+        key_bias=key_bias,
+        joint=joint,
+    )
+
+
 def attention_apply(
     q: Tensor, k: Tensor, columns: Tensor, heads: int, backend: str = "auto"
 ) -> Tensor:

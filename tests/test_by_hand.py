@@ -47,9 +47,6 @@ def test_a_step_of_four_patches_and_three_tokens(backend):
     k, less = 1 - c, 8 / 15
     top = [4 / 3 - c * k * less, 4 / 3 - k * k * less]
     rate = [top, [4 / 3 - c * c * less, 4 / 3 - c * k * less]]
-        [4 / 3 - c * k * less, 4 / 3 - k * k * less],
-        [4 / 3 - c * c * less, 4 / 3 - c * k * less],
-    ]
     rate = torch.tensor([[rate]])
     assert_close(actual=out.rate, expected=rate, share=1e-6)
     assert_close(actual=out.eps, expected=0.5 - 3 * rate * norm, share=1e-6)

@@ -8,6 +8,7 @@ from scfg.reference.attention import (
     attention_apply,
     attention_map,
     attention_maps,
+    joint_maps,
     linear_attention_map,
     split_joint,
 )
@@ -19,6 +20,7 @@ from scfg.reference.regions import NO_START, segment, start_is_flat
 __all__ = [
     "BLUR", "NO_START", "attention_apply", "attention_map", "attention_maps", "blur",
     "complete", "group_columns", "guidance_norm", "guide", "guide_evidence",
-    "linear_attention_map", "power_weights", "propagate", "region_rates", "region_sums",
-    "segment", "spatial_weights", "split_joint", "spread", "start_is_flat", "upsample",
+    "joint_maps", "linear_attention_map", "power_weights", "propagate", "region_rates",
+    "region_sums", "segment", "spatial_weights", "split_joint", "spread", "start_is_flat",
+    "upsample",
 ]  # fmt: skip

@@ -127,3 +127,30 @@ def split_joint(
     if joint == "renormalise":
         self_map = self_map / self_map.sum(dim=-1, keepdim=True).clamp_min(1e-30)
     return self_map, cross_map
+
+
+def joint_maps(
+    q: Tensor,
+    k: Tensor,
+    token_count: int,
+    heads: int,
+    key_bias: Tensor | None = None,
+    joint: str = "renormalise",
+) -> tuple[Tensor, Tensor]:
+    """Self and cross map of image patches under one softmax over text and image keys.
+
+    ``split_joint(attention_map(q, k, heads, key_bias), token_count, joint)``
+
+    Args:
+        q: (b, n, g*d) of patches: all, or some rows of a map that does not fit.
+        k: (b, t+m, g*d), text keys first.
+        token_count: t, the number of text keys, less than all.
+        heads: g.
+        key_bias: (b, t+m), see `attention_map`.
+        joint: See `split_joint`.
+
+    Returns:
+        S (b, n, m) and C (b, n, t), in the accumulation type.
+    """
+    self_map, cross_map = split_joint(attention_map(q, k, heads, key_bias), token_count, joint)
+    return self_map.contiguous(), cross_map.contiguous()
