@@ -13,9 +13,8 @@ import torch.distributed as dist
 from scfg.evaluate.plan import make_plan
 from scfg.evaluate.report import write_report
 from scfg.evaluate.work import Plan, compute, prepare, units, work
-from scfg.models.embedded import SHAPES_WEIGHTS as WEIGHTS
-from scfg.models.embedded import load_model
-from scfg.models.shapes_judge import load_judge
+from scfg.models.embedded import WEIGHTS, load_model
+from scfg.models.judge import load_judge
 
 
 def run(options: argparse.Namespace) -> list[Path]:
@@ -32,8 +31,7 @@ def run(options: argparse.Namespace) -> list[Path]:
             share(plan, options.report, weights, rank, world, device, options.quiet)
             if rank > 0:
                 return []
-            model = load_model(weights, device)
-            return write_report(plan, options.report, model, command(options))
+            return write_report(plan, options.report, command(options))
 
 
 def share(

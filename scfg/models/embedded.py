@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.models import emoji, shapes
+from scfg.models import emoji
 from scfg.models.files import read_tensors, write_whole
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.unet import UNet, UNetConfig
@@ -18,7 +18,6 @@ from scfg.sampling import Schedule, scaled_linear
 
 FOLDER = Path(__file__).parent / "weights"
 WEIGHTS = FOLDER / "unet-emoji.safetensors"
-SHAPES_WEIGHTS = FOLDER / "unet-shapes.safetensors"
 PATCH = 4  # pixels per side of a latent
 CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is 16 x 16 and 8 x 8
 SCALE = 0.5  # latent per pixel value: less signal left at the last timestep than with 1
@@ -158,7 +157,7 @@ def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
     """Load an embedded model, in float32 and for inference.
 
     Args:
-        path: A file of `save_weights`; by default the emoji scenes; `SHAPES_WEIGHTS`: shapes.
+        path: A file of `save_weights`.
         device: Where to put it.
 
     Returns:
@@ -176,8 +175,7 @@ def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
     try:
         config = json.loads(metadata["config"])
         config["unet"] = UNetConfig(**config["unet"])
-        config["words"] = tuple(config.get("words", shapes.WORDS))  # older files do not say
-        config.setdefault("length", shapes.LENGTH)
+        config["words"] = tuple(config["words"])
         config = ModelConfig(**config)
         parts = networks(config)
         parts.load_state_dict({name: x.float() for name, x in weights.items()})
