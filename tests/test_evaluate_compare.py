@@ -135,3 +135,9 @@ def test_settings_measure_what_they_promise():
     }
     with pytest.raises(ValueError, match="samples must be at least 4, got 3"):
         make_plan(True, 3, "model")
+
+
+def test_at_a_point_of_the_curve_nothing_is_interpolated():
+    bent = curve(lambda scale: math.log2(scale) ** 2)
+    seen = rows([*bent, measured("scfg", 4.0, 5.0, strength=5.0)])
+    assert seen["scale"]["interpolation"] == 0 < seen["strength"]["interpolation"]

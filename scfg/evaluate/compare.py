@@ -156,13 +156,14 @@ def difference_rows(points: Sequence[Measured], masks: dict[str, Tensor]) -> lis
             for against, at, other in _others(measured, own, curve):
                 common = {"method": measured.point.method, "begin": begin}
                 common |= {"scale": measured.scale, "against": against, "at": at}
+                between = not any(math.isclose(at, plain.scale) for plain in curve)
+                curved = against in READINGS and between
                 for name, x in measures(measured.values, masks).items():
                     y = measures(other, masks)[name]
                     row = common | {"measure": name, "count": int(x.isfinite().sum())}
                     row |= {"value": x.nanmean().item(), "other": y.nanmean().item()}
                     row |= _cells("difference", interval(x - y))
-                    curved = against in READINGS and bends.get(name, 0.0)
-                    rows.append(row | {"interpolation": curved or 0.0})
+                    rows.append(row | {"interpolation": bends.get(name, 0.0) if curved else 0.0})
     return rows
 
 

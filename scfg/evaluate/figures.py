@@ -93,7 +93,7 @@ def evidence(points: Sequence[dict], differences: Sequence[dict]) -> Figure:
     figure = Figure((13, 4.7), layout="constrained")
     curves, strata, methods = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     _curves(curves, [r for r in points if r["begin"] is None], "strength", "objects")
-    curves.set(xlabel="strength: scale x rate, weighted by the norm of guidance")
+    curves.set(xlabel="strength (norm-weighted mean scale)")
     curves.set_title("captioned objects found, %")
     rows = [r for r in differences if (r["scale"], r["begin"]) == (HEADLINE, None)]
     own = [r for r in rows if r["method"] == "scfg"]
@@ -103,7 +103,7 @@ def evidence(points: Sequence[dict], differences: Sequence[dict]) -> Figure:
         _forest(strata, [found.get(title) for title in titles], look)
     strata.set_yticks(range(len(titles)), [MEASURES.get(title, title) for title in titles])
     strata.set_title(f"S-CFG at {HEADLINE:g} less CFG, points")
-    strata.legend(title="of the same", loc="lower left", bbox_to_anchor=(-0.6, -0.22), ncols=3)
+    strata.legend(title="of the same", fontsize=8, frameon=True, framealpha=0.7)
     lines = {
         NAMES[r["method"]]: r
         for r in rows
@@ -114,9 +114,10 @@ def evidence(points: Sequence[dict], differences: Sequence[dict]) -> Figure:
         for r in own
         if r["measure"] == "objects" and r["against"] in CONTROLS
     }
-    _forest(methods, list(lines.values()), SAME["strength"])
+    label, colour, marker, _ = SAME["strength"]
+    _forest(methods, list(lines.values()), (label, colour, marker, 0.0))
     methods.set_yticks(range(len(lines)), lines)
-    methods.set_title(f"at {HEADLINE:g} less CFG of the same strength:\nobjects found, points")
+    methods.set_title(f"objects found at {HEADLINE:g} less CFG\nof the same strength, points")
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -154,12 +155,13 @@ def regions(rows: Sequence[dict]) -> Figure:
     figure = Figure((11, 3.6), layout="constrained")
     *panels, powers = figure.subplots(1, 4, sharey=True)
     ways = {"none": (0, "scfg_none"), "official": (2, "scfg_official"), "paper": (4, "scfg")}
-    for axis, kind in zip(panels, ("small", "large", "background"), strict=True):
+    kinds = {"small": "small objects", "large": "large objects", "background": "background"}
+    for axis, (kind, title) in zip(panels, kinds.items(), strict=True):
         for name, (count, style) in ways.items():
             line = [r for r in rows if (r["propagation"], r["powers"]) == (name, count)]
             line = [r for r in line if r["level"] == "both" and r["timestep"] != "all"]
             _line(axis, line, "timestep", kind, style, name)
-        axis.set(xlabel="timestep (noise grows)", title=kind.replace("l", "l objects", 1)[:13])
+        axis.set(xlabel="timestep (noise grows)", title=title)
     panels[0].set(ylabel="intersection over union", ylim=(0, 1))
     panels[0].legend(title="propagation")
     for level, style in (("16 x 16", "--"), ("8 x 8", ":"), ("both", "-")):

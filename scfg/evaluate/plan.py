@@ -16,7 +16,7 @@ REDUCED = {  # method: guidance scales
     **dict.fromkeys(("scfg_official", "scfg_none", "scfg_image"), (4.0,)),
     **dict.fromkeys(("samg", "interval", "mean", "shuffled"), (4.0,)),
 }
-REDUCED_KNOWN = {"cfg": (2.5, 4.0, 6.0, 9.0), "scfg": (4.0,), "oracle": (4.0,)}
+REDUCED_KNOWN = {"cfg": (2.5, 4.0, 6.0, 9.0), "scfg": (4.0,), "oracle": (2.5, 4.0)}
 
 
 def full_points() -> tuple[Point, ...]:

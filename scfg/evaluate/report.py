@@ -47,12 +47,11 @@ def write_report(plan: Plan, folder: Path, command: str) -> list[Path]:
     }
     written = [write_csv(table, folder / f"{name}.csv") for name, table in rows.items()]
     figures.png(drawings["evidence"], folder / "evidence.png")
-    known = [r for r in differences if r["begin"] is not None]
     parts = {
         **{f"{name}_figure": figures.svg(drawing) for name, drawing in drawings.items()},
         "answers": _list(answers(differences)),
-        "main_table": _main_table(points, [r for r in differences if r["begin"] is None]),
-        "known_table": _main_table([r for r in points if r["begin"] is not None], known),
+        "main_table": _main_table([r for r in points if r["begin"] is None], differences),
+        "known_table": _main_table([r for r in points if r["begin"] is not None], differences),
         "points_table": _points_table(points),
         "about": _about(plan, folder, command),
         "headline": f"{HEADLINE:g}",
