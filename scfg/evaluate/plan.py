@@ -45,7 +45,7 @@ def make_plan(
 
     Args:
         reduced: The reduced setting: ten minutes on two cores. The other takes a night there.
-        samples: Captions; None: 96 in the reduced setting, else 10,000 on a GPU and 960 without
+        samples: Captions; None: 96 in the reduced setting, else 10,000 on a GPU and 768 without
             one. Units of fewer captions are not done again when more are asked for.
         weights: Of the model.
         judge: Weights of the judge.
@@ -55,7 +55,7 @@ def make_plan(
         ValueError: samples is below 4.
     """
     if samples is None:
-        samples = 96 if reduced else 10_000 if gpu else 960
+        samples = 96 if reduced else 10_000 if gpu else 768
     if samples < 4:
         raise ValueError(f"samples must be at least 4, got {samples}")
     return Plan(
