@@ -22,7 +22,7 @@ UNET = UNetConfig(
     cross_attention_dim=32,
     norm_groups=8,
 )
-TINY = ModelConfig(UNET, 1, 2)
+TINY = ModelConfig(UNET, text_layers=1, text_heads=2)
 
 PLAN = Plan(
     points=(Point("cfg", 2.0), Point("shuffled", 2.0), Point("oracle", 2.0, 349)),
