@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -122,11 +122,17 @@ class TransformerCalls:
             self._recorder.start_call({"x": x}, words.repeat_interleave(b, dim=0), rows)
             self._listen.keys = self._keys(t)
             output = call(self._listen.override(options))
-            evidence = self._recorder.finish()
+            evidence = self._of_text(self._recorder.finish())
         finally:
             self._recorder.abort()
         parts = enumerate(wanted)
         return output, {share.name: evidence.rows(i * b, i * b + b) for i, (_, share) in parts}
+
+    def _of_text(self, evidence: Evidence) -> Evidence:
+        """The same, columns being counted from the text's first one."""
+        patches, lead = evidence.patches, self._layout.lead(self._recorder.grid)
+        columns = (patches.columns - lead).clamp_min(0)
+        return replace(evidence, patches=replace(patches, columns=columns))
 
     def _keys(self, t: int) -> int:
         """Keys of the first softmax: those of the image, and in a joint one of the text."""
