@@ -11,7 +11,6 @@ closure, for patchers are cloned, and copies of objects would lose touch.
 import dataclasses
 import logging
 import uuid
-import weakref
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -84,7 +83,6 @@ class ComfyRun:
             else TransformerCalls(model, self.run, layout)
         )
         self.recorders[model] = calls
-        weakref.finalize(self, calls.remove)  # a patcher that failed may go without `eject`
 
     def eject(self, patcher) -> None:
         """Take them off."""
