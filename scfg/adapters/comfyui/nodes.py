@@ -201,8 +201,8 @@ class SemanticGuidanceView(io.ComfyNode):
             is_experimental=True,
             inputs=ran(),
             outputs=[
-                io.Image.Output("regions", tooltip="A colour for each word's region."),
-                io.Image.Output("rate", tooltip="From 0, dark, to rate_max, yellow."),
+                io.Image.Output(display_name="regions", tooltip="A colour for each word's region."),
+                io.Image.Output(display_name="rate", tooltip="From 0, dark, to rate_max, yellow."),
             ],
             **known(io.Schema, search_aliases=["attention map", "segmentation", "S-CFG preview"]),
         )
@@ -232,7 +232,9 @@ class SemanticGuidanceMask(io.ComfyNode):
                 io.String.Input("prompt", multiline=True, tooltip="The prompt, as it is encoded."),
                 io.String.Input("phrase", default="", tooltip="Some words of it."),
             ],
-            outputs=[io.Mask.Output("mask", tooltip="1 where the phrase owns the image.")],
+            outputs=[
+                io.Mask.Output(display_name="mask", tooltip="1 where the phrase owns the image.")
+            ],
             **known(
                 io.Schema,
                 search_aliases=["word to mask", "text to mask", "region mask", "attention mask"],
