@@ -11,38 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-WEB = ROOT / "scfg" / "adapters" / "comfyui" / "web"
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-NAMES = ["SemanticCFG_Guidance", "SemanticCFG_Mask", "SemanticCFG_View"]
-
-
-def test_every_node_has_a_page_and_a_workflow():
-    assert [path.stem for path in WORKFLOWS] == NAMES
-    assert sorted(path.stem for path in (WEB / "docs").glob("*.md")) == NAMES
-    settings = (ROOT / "pyproject.toml").read_text()
-    icon = re.search(r'^Icon = "(.+)"$', settings, re.MULTILINE).group(1)
-    assert ROOT / icon == WEB / "icon.svg" and (ROOT / icon).read_text().startswith("<svg ")
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_links_join_what_they_say(path):
-    graph = json.loads(path.read_text())
-    nodes = {node["id"]: node for node in graph["nodes"]}
-    assert path.stem in {node["type"] for node in nodes.values()}
-    ends = [item["link"] for node in nodes.values() for item in node["inputs"]]
-    assert sorted(filter(None, ends)) == sorted(link[0] for link in graph["links"])
-    for number, source, slot, target, place, kind in graph["links"]:
-        output, given = nodes[source]["outputs"][slot], nodes[target]["inputs"][place]
-        assert output["type"] == given["type"] == kind
-        assert number in output["links"] and given["link"] == number
-        assert nodes[source]["order"] < nodes[target]["order"]
-
-
 if importlib.util.find_spec("comfy") is None:
     pytest.skip("ComfyUI is not on the path", allow_module_level=True)
 
 from comfy_hosts import make  # noqa: E402
+from test_comfy_alone import NAMES, ROOT, WEB, WORKFLOWS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
