@@ -306,12 +306,3 @@ def test_comfyui_says_which_models_it_does_not_record():
 
     with pytest.raises(ValueError, match=r"LTXVModel is neither a U-Net nor .*plain CFG"):
         kind_of(LTXVModel())
-
-
-def test_modular_pipelines_say_that_they_do_not_record_transformers():
-    from scfg.adapters.modular import SemanticGuidance
-
-    guider = SemanticGuidance(4.0)
-    guider.set_state(0, 4, torch.tensor(1.0))
-    with pytest.raises(ValueError, match="does not record transformers yet, got SD3"):
-        guider.prepare_models(build("sd3").model)
