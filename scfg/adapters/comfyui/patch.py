@@ -33,7 +33,9 @@ def patch(model, run: ComfyRun):
         def call(options):
             return executor(x, t, concat, context, control, options, **conds)
 
-        return run.record(executor.class_obj.diffusion_model, call, x, context, options)
+        network = executor.class_obj.diffusion_model
+        network = getattr(network, "_orig_mod", network)  # another node may compile it
+        return run.record(network, call, x, context, options)
 
     def combine(args):
         predictions = args["conds_out"]
