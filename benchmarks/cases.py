@@ -112,11 +112,11 @@ def arguments(op, shape, b, dtype=torch.float32, device="cpu", seed=0):
     return *eps, labels, sums, torch.full((b,), SCALE, device=device), factor
 
 
-def _guide_evidence(eps_uncond, eps_text, tokens, start, size, config, backend="auto"):
+def _guide_evidence(eps_uncond, eps_text, text, front, size, config, backend="auto"):
     """All that follows the last recorded layer, from the evidence (b, n, t+1) of each level."""
     uncond, text = (
         Evidence(size, {r: [x] for r, x in zip(config.reductions, levels, strict=True)})
-        for levels in (start, tokens)
+        for levels in (front, text)
     )
     settings = dict(guidance_scale=SCALE, config=config, backend=backend)
     out = guidance.guide_evidence(eps_uncond, eps_text, uncond=uncond, text=text, **settings)

@@ -17,6 +17,8 @@ LAYERS = (
     (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77), (576, 20, 64, 77), (144, 20, 64, 77),
     (1024, 20, 64, 77), (256, 2, 32, 16), (64, 2, 64, 16),
 )  # fmt: skip
+# n, heads, d, t of joint attention: SD3.5-M and the embedded transformer, rows of Qwen-Image.
+JOINT = ((4096, 24, 64, 333), (256, 4, 48, 24), (1024, 24, 128, 512))
 LARGE = ((16384, 8, 40, 77), (9216, 5, 64, 77))
 
 
@@ -32,6 +34,10 @@ def _attention(dtype):
             yield csrc_triton.attention_apply, (pixels, pixels, _meta(2, n, t), heads)
         else:
             yield csrc_triton.attention_maps, (pixels, pixels, pixels, tokens, heads)
+    for n, heads, d, t in JOINT:
+        q, k = (_meta(2, m, heads * d, dtype=dtype) for m in (n, t + n))
+        for joint in ("renormalise", "raw"):
+            yield csrc_triton.joint_maps, (q, k, t, heads, None, joint)
 
 
 def _evidence():

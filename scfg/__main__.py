@@ -13,7 +13,7 @@ import torch
 from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS, SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
-from scfg.models.embedded import load_model
+from scfg.models.embedded import WEIGHTS, load_model
 from scfg.models.files import write_text, write_whole
 
 
@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trace", type=Path, metavar="DIR", help="also one PNG per image of several steps there")
     add("--html", type=Path, metavar="FILE", help="also one interactive page")
     add("--model", type=Path, metavar="PATH", help="a folder or .safetensors file for diffusers")
+    add("--weights", type=Path, metavar="FILE", help=(
+        "of an embedded network, as scfg.models.train exports them; default: the U-Net's"
+    ))  # fmt: skip
     add("--quiet", action="store_true", help="print nothing but errors")
     command = commands.add_parser(
         "evaluate", help="measure on the embedded model what S-CFG does, and write a report"
@@ -174,13 +177,16 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
         ValueError: A word of the prompt is not known, or the checkpoint cannot be used.
         RuntimeError: A package for checkpoints is missing.
     """
+    if options.model is not None and options.weights is not None:
+        raise ValueError("--model and --weights are two models: give one of them")
     if options.model is not None:
         from scfg.adapters import checkpoints
         from scfg.adapters.generate import draw as draw_with
 
         source, config = partial(draw_with, checkpoints.load(options.model)), SCFGConfig()
     else:
-        model = load_model(device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(WEIGHTS if options.weights is None else options.weights, device)
         model.tokenizer.tokens(options.prompt)
         source, config = partial(draw, model), model.config
     return source, replace(config, propagation=options.propagation)

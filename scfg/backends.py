@@ -158,11 +158,11 @@ def _fake_apply(q, k, columns, heads):
     return columns.new_empty(columns.shape, dtype=_wide(columns))
 
 
-def _fake_region_sums(eps_uncond, eps_text, labels, foreground, tokens, factor):
+def _fake_region_sums(eps_uncond, eps_text, labels, foreground, token_count, factor):
     b, _, height, width = eps_text.shape
     on_gpu = eps_text.is_cuda and supported(eps_text.device)
     parts = kernel("partials")(height * width) if on_gpu else 1
-    return eps_text.new_empty((b, parts, tokens + 1, 2), dtype=_wide(eps_text))
+    return eps_text.new_empty((b, parts, token_count + 1, 2), dtype=_wide(eps_text))
 
 
 def _fake_guide(eps_uncond, eps_text, *args, **kwargs):
@@ -171,14 +171,14 @@ def _fake_guide(eps_uncond, eps_text, *args, **kwargs):
     return eps_text.new_empty(eps_text.shape), rate
 
 
-def _fake_guide_evidence(eps_uncond, eps_text, tokens, start, h, w, *args, **kwargs):
+def _fake_guide_evidence(eps_uncond, eps_text, text, front, h, w, *args, **kwargs):
     b = eps_text.shape[0]
     labels = eps_text.new_empty((b, h, w), dtype=torch.int64)
     foreground, flat = labels.to(torch.bool), labels.new_empty((b,), dtype=torch.bool)
     return *_fake_guide(eps_uncond, eps_text), labels, foreground, flat
 
 
-for _name in ("attention_map", "attention_maps", "propagate", "complete", "segment"):
+for _name in ("attention_map", "attention_maps", "joint_maps", "propagate", "complete", "segment"):
     _define(_name)
 _define("attention_apply", _fake_apply)
 _define("region_sums", _fake_region_sums)

@@ -36,7 +36,7 @@ def model():
 @pytest.fixture
 def run(model, monkeypatch, tmp_path):
     """Run `scfg generate` in an empty folder, for three steps."""
-    monkeypatch.setattr(cli, "load_model", lambda device: model)
+    monkeypatch.setattr(cli, "load_model", lambda path, device: model)
     monkeypatch.chdir(tmp_path)
 
     def run(*options, prompt=PROMPT):

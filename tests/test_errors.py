@@ -70,8 +70,8 @@ REFUSED = {
         r"labels must be in \[0, 5\), got 5 to 5",
     ),
     "labels low": (lambda: region_sums(LABELS - 1), ValueError, r"labels must be in \[0, 5\)"),
-    "no start": (lambda: ops.segment([LEVEL], None, H, W, [1]), TypeError, "start must be a list"),
-    "start None": (lambda: ops.segment([LEVEL], [None], H, W, [1]), TypeError, r"start\[0\] must"),
+    "no front": (lambda: ops.segment([LEVEL], None, H, W, [1]), TypeError, "front must be a list"),
+    "front None": (lambda: ops.segment([LEVEL], [None], H, W, [1]), TypeError, r"front\[0\] must"),
     "factors 0": (
         lambda: ops.segment([LEVEL], [LEVEL], H, W, [0]),
         ValueError,

@@ -6,9 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-from benchmarks import traffic
+from benchmarks import traffic, transformer_cost
+from scfg import reference
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="bytes are counted in the interpreter"
@@ -67,3 +69,19 @@ def test_maps_are_counted_by_head():
 def test_maps_stay_within_their_bound():
     moved, least, _ = traffic.attention_maps(SD15)
     assert 1 <= moved / least <= traffic.BOUNDS["attention_maps"]["SD 1.5"]
+
+
+def test_the_joint_map_of_the_cost_table_is_what_the_definition_multiplies():
+    n, m, width = transformer_cost.PATCHES, transformer_cost.TEXT, transformer_cost.WIDTH
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        q, k = torch.empty(1, n, width), torch.empty(1, m + n, width)
+        self_map, cross_map = reference.joint_maps(q, k, m, transformer_cost.HEADS)
+        columns = torch.empty(1, n, transformer_cost.WORDS)
+        mapped = counted.get_total_flops()
+        reference.propagate(self_map, columns, "paper", transformer_cost.POWERS)
+    rows = {name: (operations, moved) for name, operations, moved in transformer_cost.ours()}
+    layers = transformer_cost.LAYERS
+    assert rows["joint map, split"][0] == 2 * layers * mapped  # scored twice
+    assert rows["completion"][0] == layers * (counted.get_total_flops() - mapped)
+    written = sum(x.numel() * 4 for x in (self_map, cross_map))
+    assert rows["joint map, split"][1] > layers * written

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from scfg.ops import check_weights
+from scfg import checks
 
 
 def find_phrase(text: Sequence[Hashable], phrase: Sequence[Hashable]) -> list[int]:
@@ -94,7 +94,7 @@ def fit_weights(table: Tensor, rows: int, tokens: int) -> Tensor:
         ValueError: It is not (t,) or (B, t) or not finite and > 0 (checked on a CPU only), b is not
             a multiple of B, or a weight other than 1 is beyond the tokens.
     """
-    check_weights(table)
+    checks.weights(table)
     if table.dim() not in (1, 2) or 0 in table.shape:
         raise ValueError(f"token_weights must be (t,) or (B, t), got {tuple(table.shape)}")
     table = table.float() if table.dim() == 2 else table.float()[None]
