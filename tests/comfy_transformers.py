@@ -29,6 +29,7 @@ class Host:
         multiple: Text and image are padded to it.
         start: Column that knows nothing of the prompt.
         softmaxes: Of a block, where they are several.
+        side: Latent pixels per patch.
     """
 
     model: object
@@ -41,6 +42,7 @@ class Host:
     multiple: int = 1
     start: int | None = None
     softmaxes: int = 2
+    side: int = 2
 
 
 def build(kind, settings):
@@ -115,6 +117,21 @@ def flux(size=(16, 12)):
     )  # fmt: skip
     texts = prompts(12, 32, pooled_output=24)
     return Host(model, (16, *size), patches(size), *texts, 12)
+
+
+def flux2():
+    if not hasattr(comfy.supported_models, "Flux2"):
+        pytest.skip("this ComfyUI has no Flux.2")
+    model = build(
+        "Flux2",
+        dict(
+            image_model="flux2", guidance_embed=False, in_channels=128, out_channels=128,
+            vec_in_dim=None, context_in_dim=32, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=3,
+            depth_single_blocks=1, axes_dim=[4, 4, 4, 4], theta=2000, patch_size=1, qkv_bias=False,
+            txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True, ops_bias=False,
+        ),
+    )  # fmt: skip
+    return Host(model, (128, 8, 6), (1, 8, 6), *prompts(12, 32), 512, side=1)  # padded in front
 
 
 def chroma():

@@ -1,5 +1,6 @@
 """The ComfyUI nodes against a real ModelPatcher and sampler, where ComfyUI can be imported."""
 
+import importlib
 import importlib.util
 import uuid
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from scfg.adapters.comfyui.nodes import (  # noqa: E402
 from scfg.adapters.comfyui.patch import patch  # noqa: E402
 from scfg.adapters.comfyui.phrases import Copy, Prompt, parse_phrases, read_prompt  # noqa: E402
 from scfg.adapters.comfyui.run import KEY, ComfyRun  # noqa: E402
+from scfg.recording.layouts import Words  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,34 @@ def test_phrases_are_found_in_chunks_and_weighted(model):
     run(plain[0], steps=1), run(weighted[0], steps=1)
     rates = plain[1].history[0].rate, weighted[1].history[0].rate
     assert_close(actual=rates[1], expected=1.5 * rates[0], share=1e-6)
+
+
+TOKENIZERS = [
+    ("sd3_clip", "SD3Tokenizer", "l", "a (red circle:1.2) on weathered driftwood, photo"),
+    ("sd3_clip", "SD3Tokenizer", "t5xxl", "a (red circle:1.2) on weathered driftwood, photo"),
+    ("qwen_image", "QwenImageTokenizer", "qwen25_7b", "a red circle on weathered driftwood, photo"),
+    ("z_image", "ZImageTokenizer", "qwen3_4b", "a red circle on weathered driftwood, photo"),
+]
+
+
+@pytest.mark.parametrize("module, kind, name, text", TOKENIZERS, ids=lambda x: x[:9])
+def test_words_of_comfyuis_own_tokenizers(module, kind, name, text):
+    try:
+        module = importlib.import_module(f"comfy.text_encoders.{module}")
+    except ImportError:
+        pytest.skip("this ComfyUI has no such tokenizer")
+    tokenizer = getattr(module, kind)()
+    clip = SimpleNamespace(tokenize=tokenizer.tokenize_with_weights)
+    (copy,) = read_prompt(clip, text, [Words(name)], {"red circle": 2.0}).copies
+    held = getattr(tokenizer, "clip", {"l": "clip_l"}.get(name, name))
+    inner = getattr(tokenizer, held).tokenizer
+    read = [
+        inner.decode([t for t, w in zip(copy.tokens, copy.words, strict=True) if w == word])
+        for word in range(max(copy.words) + 1)
+    ]
+    words = ["a", "red", "circle", "on", "weathered", "driftwood,", "photo"]
+    assert [word.replace(" ", "") for word in read] == words
+    assert {w for w, f in zip(copy.words, copy.weights, strict=True) if f == 2.0} == {1, 2}
 
 
 def execute(node, **given):

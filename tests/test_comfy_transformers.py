@@ -20,6 +20,7 @@ from comfy_transformers import (  # noqa: E402
     OVERRIDE,
     columns_of,
     evidence,
+    flux2,
     rates,
     sample,
     watched,
@@ -43,7 +44,7 @@ def host(request):
 
 
 def pixels(host, x):
-    x = x.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    x = x.repeat_interleave(host.side, -2).repeat_interleave(host.side, -1)
     return x[..., : host.latent[-2], : host.latent[-1]]
 
 
@@ -126,6 +127,13 @@ def test_words_own_patches_with_all_their_pieces_and_copies():
         sample(host, patched)
 
 
+def test_words_end_where_a_text_that_is_padded_in_front_ends():
+    host = flux2()
+    numbers = (-1, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7, -1)
+    prompt = Prompt((Copy((7,) * 12, numbers, (1.0,) * 12, True),))
+    check(host, groups=[-1] * 500 + list(numbers), prompt=prompt)
+
+
 def test_weights_of_words_multiply_rates():
     host = HOSTS["qwen"]()
     heavy = Prompt((Copy((7,) * 30, (-1,) * 25 + (0, 1, 2, 3, -1), (1.5,) * 30, True),))
@@ -191,6 +199,21 @@ def test_another_nodes_attention_function_is_kept():
     assert (plain - sample(host)).abs().max() > 1e-3
     one, _ = guided(other, PLAIN)
     assert_close(actual=sample(host, one), expected=plain, share=1e-5)
+
+
+@pytest.mark.parametrize("first", ["compiled", "guided"])
+def test_a_compiled_model_is_guided_alike(first):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    host = HOSTS["flux"]()
+    patched, run = guided(host.model, CONFIG)
+    expected, labels = sample(host, patched), run.history[-1].labels
+    model = host.model.clone() if first == "compiled" else guided(host.model, CONFIG)[0].clone()
+    set_torch_compile_wrapper(model, backend="eager")
+    if first == "compiled":
+        model, _ = guided(model, CONFIG)
+    assert_close(actual=sample(host, model), expected=expected, share=1e-6)
+    assert model.attachments[KEY].history[-1].labels.equal(labels)
 
 
 def test_nodes_show_clips_frame_by_frame():

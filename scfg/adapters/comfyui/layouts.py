@@ -23,9 +23,13 @@ def latent_grid(model: nn.Module, call: dict) -> Grid:
     return ((1, 1) + tuple(-(-s // p) for s, p in zip(size, patch, strict=True)))[-3:]
 
 
-FLUX = Layout(
+FLUX = Layout(  # and Flux.2, whose text has a template, and padding in front
     ("",), latent_grid, blocks=("double_blocks", "single_blocks"),
-    words=(Words("t5xxl"),), layers=LAYOUTS["FluxTransformer2DModel"].layers,
+    words=(
+        Words("t5xxl"), Words("mistral3_24b", None), Words("qwen3_4b", None),
+        Words("qwen3_8b", None),
+    ),
+    layers=LAYOUTS["FluxTransformer2DModel"].layers,
 )  # fmt: skip
 ROWS = {
     "OpenAISignatureMMDITWrapper": Layout(
@@ -38,7 +42,8 @@ ROWS = {
         ("attn",), latent_grid, words=(Words("qwen25_7b", None),),
     ),
     "NextDiT": Layout(
-        ("attention",), latent_grid, blocks=("layers",), start=(0,), words=(Words("gemma2_2b"),),
+        ("attention",), latent_grid, blocks=("layers",), start=(0,),
+        words=(Words("gemma2_2b", None),),
     ),
     "WanModel": Layout(
         ("self_attn", "cross_attn"), latent_grid, blocks=("blocks",), start=(-1,),
@@ -46,7 +51,7 @@ ROWS = {
     ),
 }  # fmt: skip
 UNET = (Words("l"),)
-KNOWN = "SD3, Flux, Chroma, Qwen-Image, Lumina 2, Z-Image, Wan"
+KNOWN = "SD3, Flux, Flux.2, Chroma, Qwen-Image, Lumina 2, Z-Image, Wan"
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,6 @@ def kind_of(model: nn.Module) -> Kind:
     if layout is None:
         find_blocks(model)
     elif getattr(model, "pad_tokens_multiple", None):  # Z-Image
-        words = (Words("qwen3_4b"),)
+        words = (Words("qwen3_4b", None),)
         layout = dataclasses.replace(layout, multiple=model.pad_tokens_multiple, words=words)
     return Kind(layout)

@@ -128,14 +128,17 @@ def _words(clip, prompt: str, name: str) -> tuple[list[str] | None, list[int]]:
     Where tokens and words disagree there are no words, and each token counts as one; their numbers
     are none that another tokenizer may have given to a word.
     """
-    whole, spoken = len(_own(clip, prompt, name)), EMPHASIS.sub("", prompt)
+    whole, spoken = _own(clip, prompt, name), EMPHASIS.sub("", prompt)
     for text in (spoken, prompt):
-        counts = [len(_own(clip, word, name)) for word in text.split()]
-        if sum(counts) == whole:
+        ends = [0]  # tokens of the text up to each word: a piece may hold the space before it
+        for word in re.finditer(r"\S+", text):
+            ends.append(len(_own(clip, text[: word.end()], name)))
+        if _own(clip, text, name) == whole and ends == sorted(ends) and ends[-1] == len(whole):
+            counts = [last - first for first, last in zip(ends, ends[1:], strict=False)]
             numbers = [word for word, count in enumerate(counts) for _ in range(count)]
             return split_words(text), numbers
     first = len(spoken.split())
-    return None, list(range(first, first + whole))
+    return None, list(range(first, first + len(whole)))
 
 
 def _places(clip, phrase: str, name: str, tokens: list, words: list | None, numbers: list) -> list:
