@@ -21,6 +21,7 @@ from comfy_transformers import (  # noqa: E402
     columns_of,
     evidence,
     flux2,
+    prompts,
     rates,
     sample,
     watched,
@@ -132,6 +133,13 @@ def test_words_end_where_a_text_that_is_padded_in_front_ends():
     numbers = (-1, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7, -1)
     prompt = Prompt((Copy((7,) * 12, numbers, (1.0,) * 12, True),))
     check(host, groups=[-1] * 500 + list(numbers), prompt=prompt)
+
+
+def test_tokens_that_are_repeated_to_a_common_length_count_once():
+    host = HOSTS["wan"]()
+    longer = prompts(24, 24)[1]
+    step = check(host, groups=[*range(11), -1] * 2, negative=longer)
+    assert set(step.calls) == {(1, 0)}
 
 
 def test_weights_of_words_multiply_rates():
