@@ -103,12 +103,12 @@ def _where(rows):
 def _latest(rows, keys):
     """Rows by key, a later one in place of an earlier; by size and batch within a model."""
     found = {tuple(row.get(key) for key in keys): row for row in rows}
-    models = list(dict.fromkeys(row.get("model", row.get("shape")) for row in rows))
+    models = list(dict.fromkeys(row.get("model", row.get("size")) for row in rows))
     rank = {name: place for place, name in enumerate(models)}
 
     def place(row):
         size = row.get("pixels", 0), row["batch"]
-        return rank[row.get("model", row.get("shape"))], *size
+        return rank[row.get("model", row.get("size"))], *size
 
     return sorted(found.values(), key=place)
 
@@ -154,9 +154,9 @@ def _steps(rows):
 def _kernels(rows):
     head = ["op", "model", "images", "backend", "µs", "GB/s", "of copy", "bytes µs", "work µs"]
     lines = []
-    rows = _latest(rows, ("op", "shape", "batch", "dtype", "backend"))
+    rows = _latest(rows, ("op", "size", "batch", "dtype", "backend"))
     for row in rows:
-        start = [row["op"], row["shape"], str(row["batch"]), f"{row['backend']} {row['dtype']}"]
+        start = [row["op"], row["size"], str(row["batch"]), f"{row['backend']} {row['dtype']}"]
         if "failed" in row:
             lines.append([*start, row["failed"], "", "", "", ""])
             continue
