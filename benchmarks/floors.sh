@@ -3,7 +3,8 @@
 #
 #     benchmarks/floors.sh [torch:triton ...]        PYTHON=python3.10 for another Python; LOGS=DIR keeps what tests print
 #
-# Not in CI: on Linux every torch brings gigabytes of CUDA along. What diffusers needs of torch is its own affair.
+# Not in CI: on Linux every torch brings gigabytes of CUDA along. numpy is one that the interpreters of older tritons
+# take: with 2.4 that of triton 3.5 cannot turn arrays of one element into numbers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -20,8 +21,8 @@ for pair in "${pairs[@]}"; do
   "$python" -m venv "$work"
   "$work/bin/pip" install -q "torch==$torch" "triton==$triton" >"$log" 2>&1 &&
     "$work/bin/pip" install -q --no-deps -e . >>"$log" 2>&1 &&
-    grep -vE '^(torch|triton|mkdocs)' constraints.txt >"$work/constraints.txt" &&
-    "$work/bin/pip" install -q -c "$work/constraints.txt" "torch==$torch" "triton==$triton" einops numpy safetensors tqdm pillow matplotlib \
+    grep -vE '^(torch|triton|mkdocs|numpy)' constraints.txt >"$work/constraints.txt" &&
+    "$work/bin/pip" install -q -c "$work/constraints.txt" "torch==$torch" "triton==$triton" einops numpy==2.2.6 safetensors tqdm pillow matplotlib \
       diffusers transformers accelerate peft hypothesis pytest pytest-xdist >>"$log" 2>&1 &&
     "$work/bin/python" -m pytest -rs $(printf "tests/test_%s.py " "${tests[@]}") >>"$log" 2>&1
   compiled=$("$work/bin/python" -m benchmarks.compiled --one-each --skip bfloat16 float32 --target sm_80 --target sm_90 2>>"$log" | grep -c _kernel)

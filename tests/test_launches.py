@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from conftest import DEVICE
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 import scfg
@@ -23,13 +23,14 @@ def counting_launches():
     """The names of all kernels launched inside."""
     names = []
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (InterpretedFunction, JITFunction):
+        for kind, method in ((GridExecutor, "__call__"), (JITFunction, "run")):
+            launch = getattr(kind, method)
 
-            def run(kernel, *args, launch=kind.run, **kwargs):
-                names.append(kernel.__name__)
+            def run(kernel, *args, launch=launch, **kwargs):
+                names.append(kernel.fn.__name__)
                 return launch(kernel, *args, **kwargs)
 
-            patch.setattr(kind, "run", run)
+            patch.setattr(kind, method, run)
         yield names
 
 
