@@ -13,6 +13,12 @@ from scfg import reference
 BACKENDS = ("auto", "torch", "triton")
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless backend is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether the package triton is installed."""
@@ -65,8 +71,7 @@ def run(name: str, backend: str, **arguments):
         ValueError: An unknown backend, or tensors on several devices.
         RuntimeError: The backend cannot run here, or a gradient is asked of one that has none.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    check_backend(backend)
     values = [x for value in arguments.values() for x in _listed(value)]
     tensors = [x for x in values if isinstance(x, Tensor)]
     device = tensors[0].device

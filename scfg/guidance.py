@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scfg import checks, ops
-from scfg.config import SCFGConfig
+from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence, fold_maps, map_grid
 from scfg.regions import Regions, evidence_levels, find_regions, unet_benchmark
 
@@ -281,10 +281,11 @@ def semantic_cfg(
 
     Raises:
         ValueError: Wrong shape, NaN or infinity, a scale <= 0, or no layer at a chosen resolution.
-        TypeError: Not floating point tensors.
+        TypeError: Not floating point tensors, or config is no SCFGConfig.
 
     Source: Shen et al., CVPR 2024, arXiv 2404.05384; see `SCFGConfig` for where the code differs.
     """
+    check_config(config)
     if len(self_maps) != len(cross_maps) or not self_maps:
         raise ValueError(
             "self_maps and cross_maps must have one entry per layer, at least one, "

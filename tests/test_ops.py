@@ -1,9 +1,12 @@
 """The custom ops are what torch.library asks for, dispatch as stated, and refuse what they must."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import assert_close
 
+import csrc_triton
 import scfg
 from scfg import backends, ops, reference
 
@@ -37,6 +40,13 @@ def arguments(dtype=torch.float32):
         "guide": (u, c, labels, sums, scale, 4, *image),
         "guide_evidence": (u, c, evidence, evidence, 5, 7, [1, 2], 7.5, 4, *image),
     }
+
+
+@pytest.mark.parametrize("name", [n for n in csrc_triton.__all__ if n != "partials"])
+def test_an_operation_has_the_parameters_and_defaults_of_its_definition(name):
+    ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (ops, reference))
+    *own, backend = ours.values()
+    assert own == list(theirs.values()) and str(backend) == "backend: str = 'auto'"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -220,7 +220,9 @@ def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path, **facts:
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise RuntimeError("weights need safetensors: pip install 'scfg[generate]'") from error
+        raise RuntimeError(
+            "weights need safetensors: pip install 'semantic-cfg[generate]'"
+        ) from error
     tensors = {name: p.detach().half().contiguous().cpu() for name, p in parts.state_dict().items()}
     metadata = {"config": json.dumps(asdict(config)), **facts}
     write_whole(path, lambda aside: save_file(tensors, aside, metadata))

@@ -85,7 +85,8 @@ class Hooks:
             if not self._listens():
                 return
             attention.clear()
-            given = dict(zip(attention.parameters, args, strict=False)) | kwargs
+            known = min(len(attention.parameters), len(args))  # torch 2.8 compiles no uneven zip
+            given = dict(zip(attention.parameters[:known], args[:known], strict=True)) | kwargs
             x = args[0] if args else given.get("hidden_states", given.get("x"))
             attention.begin(x, self._reduction_of(x))
             if attention.reduction is None:

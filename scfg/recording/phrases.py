@@ -78,6 +78,15 @@ def phrase_weights(
     return weigh_phrases(texts, phrases, weights)
 
 
+def refuse_phrases(token_weights: object) -> None:
+    """Raise TypeError where weights are given by phrase and no prompt is at hand."""
+    if isinstance(token_weights, Mapping):
+        raise TypeError(
+            "token_weights must be a tensor, one number a token, got phrases, and here no prompt "
+            "is seen: scfg.recording.phrases.phrase_weights(tokenizer, prompt, weights) makes it"
+        )
+
+
 def fit_weights(table: Tensor, rows: int, tokens: int) -> Tensor:
     """The weights of B prompts for a batch of images, rows of one prompt side by side.
 

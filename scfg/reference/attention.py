@@ -55,7 +55,7 @@ def attention_maps(
         key_bias: (b, t) for the text keys, see `attention_map`.
 
     Returns:
-        (b, n, n) and (b, n, t), rows of both sum to 1.
+        (b, n, n) and (b, n, t), rows of both sum to 1. Source: none, twice `attention_map`.
     """
     return attention_map(q_self, k_self, heads), attention_map(q_cross, k_cross, heads, key_bias)
 
@@ -72,7 +72,7 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
         heads: g.
 
     Returns:
-        (b, n, t) in the accumulation type.
+        (b, n, t) in the accumulation type. Source: none, a product in another order.
     """
     rows = 256  # of the map alive at a time
     tiles = q.split(rows, dim=1)

@@ -25,7 +25,11 @@ def group_columns(cross_map: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def power_weights(propagation: str, powers: int) -> tuple[float, ...]:
-    """Weight of S^p C, p = 1, 2, ..., in `propagate`; empty for ``"none"``."""
+    """Weight of S^p C, p = 1, 2, ..., in `propagate`; empty for ``"none"``.
+
+    >>> power_weights("paper", 4)
+    (0.25, 0.25, 0.25, 0.25)
+    """
     return {"paper": (1 / powers,) * powers, "official": (1 / 4, 3 / 4), "none": ()}[propagation]
 
 

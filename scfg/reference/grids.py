@@ -67,7 +67,11 @@ def spread(patches: Tensor, h: int, w: int, factor: int) -> Tensor:
         factor: Pixels per patch.
 
     Returns:
-        (..., h, w).
+        (..., h, w). Source: none, bookkeeping.
+
+    >>> spread(torch.tensor([[1, 2]]), h=2, w=3, factor=2)
+    tensor([[1, 1, 2],
+            [1, 1, 2]])
     """
     rows = torch.arange(h, device=patches.device) // factor
     cols = torch.arange(w, device=patches.device) // factor
@@ -87,7 +91,7 @@ def spatial_weights(h: int, w: int, factor: int, device: torch.device | str = "c
         device: Where to compute them.
 
     Returns:
-        (ceil(h/factor) * ceil(w/factor),) float64, sum 1.
+        (ceil(h/factor) * ceil(w/factor),) float64, sum 1. Source: none, follows from linearity.
     """
     sides = []
     for size in (h, w):

@@ -52,6 +52,7 @@ def region_sums(
     Returns:
         (b, p, t+1, 2) in the accumulation type: [sum, count] of the t token regions, then of the
         foreground, in p partial sums of which only the total over p is defined (here p = 1).
+        Source: none, bookkeeping for equation 8.
     """
     a = guidance_norm(eps_uncond, eps_text)  # (b, H, W)
     a = rearrange([a, torch.ones_like(a)], "k b h w -> b (h w) k")
@@ -186,7 +187,7 @@ def guide_evidence(
 
     Returns:
         eps (b, c, H, W), rate (b, 1, H, W), labels (b, h, w), foreground (b, h, w),
-        `start_is_flat` (b,).
+        `start_is_flat` (b,). Source: none, the three in a row.
     """
     labels, foreground, flat = segment(text, front, h, w, factors)
     count = text[0].shape[2] - 1
