@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import records
 
 ROOT = Path(__file__).parents[1]
+EVIDENCE = ROOT / "benchmarks" / "results" / "evidence"
 NO_GPU = "No figure from a GPU yet."
 NOTHING = "No figure yet."
 
@@ -41,6 +42,37 @@ def replaced(text, name, new):
 def performance():
     """Time and memory of steps and operations, in Markdown."""
     return render(records.load())
+
+
+def objects():
+    """What each way to draw emoji scenes gives, in Markdown."""
+    head = ["scale", "method", "mean scale", "strength", "objects", "captions"]
+    head += ["objects, minus CFG", "the same, same strength"]
+    lines = []
+    differences = _evidence("differences")
+    for row in _evidence("points"):
+        start = [row["scale"], row["method"]]
+        start += [f"{float(row[key]):.1f}" for key in ("mean_scale", "strength")]
+        start += [f"{float(row[key]):.1%}" for key in ("objects", "all")]
+        lines.append([*start, *(_difference(row, differences, of) for of in ("scale", "strength"))])
+    return _grid(head, lines)
+
+
+def _evidence(name):
+    """Rows of a table of the evaluation, of pictures that begin as noise."""
+    with (EVIDENCE / f"{name}.csv").open() as file:
+        return [row for row in csv.DictReader(file) if not row["begin"]]
+
+
+def _difference(point, differences, against):
+    """Objects found less CFG, in points, with the interval; nothing outside CFG's curve."""
+    wanted = (point["method"], point["scale"], against, "objects")
+    for row in differences:
+        if (row["method"], row["scale"], row["against"], row["measure"]) == wanted:
+            names = ("difference", "difference_low", "difference_high")
+            value, low, high = (100 * float(row[name]) for name in names)
+            return f"{value:+.1f} ({low:.1f} to {high:.1f})"
+    return ""
 
 
 def render(rows):
