@@ -1,24 +1,26 @@
 """What recording costs the host, with every operation replaced by a stand-in that only allocates.
 
+    pytest benchmarks/bench_host.py
     python -m benchmarks.bench_host [--out benchmarks/results/host.json]
 
 On a fast GPU an eager step is bound by the host, which a CPU can measure: modules and operations
 compute nothing here, so that what is left is hooks, bookkeeping, checks and dispatch. Everything
-from `start` to `finish` counts, and is divided among the recorded layers. What a launch itself
-costs the host (Triton's own binder, the driver) needs a GPU and is not in it.
+from `start` to `finish` counts, and is divided among the recorded layers, which are grouped as on a
+GPU. What a launch itself costs the host (Triton's binder, the driver) needs a GPU and is not in it.
 
-Rows are differences between runs with stand-ins at different depths: instead of folding (hooks),
-of the operations as the recorder calls them (bookkeeping), behind their checks (checks), and of
-what does the work (dispatch). Each is the least of 30 runs, taken in
+Rows are differences between runs with stand-ins at different depths: instead of reading and folding
+(hooks), of the operations as the recorder calls them (bookkeeping), and of what does the work
+(dispatch). Checks are what `scfg.ops` would add, which the recorder passes by: they are measured on
+the public operations, two a layer, and not in the sum. Each is the least of 30 runs, taken in
 turns, in processor time of the thread, which other work disturbs less than a clock does.
 """
 
 import argparse
 import contextlib
-import inspect
 import time
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,6 +28,7 @@ import scfg
 from benchmarks import records
 from benchmarks.machine import machine
 from scfg import backends, ops, reference
+from scfg.recording import folding
 from scfg.recording.recorder import AttentionRecorder
 
 TOKENS, ROUNDS = 77, 30
@@ -36,7 +39,7 @@ MODELS = {
              + [(4, 1280, 8)] * 3 + [(2, 640, 8)] * 3 + [(1, 320, 8)] * 3),
     "sdxl": (128, [(2, 640, 10)] * 4 + [(4, 1280, 20)] * 60 + [(2, 640, 10)] * 6),
 }  # fmt: skip
-ROWS = ("hooks", "bookkeeping", "checks", "dispatch")
+ROWS = ("hooks", "bookkeeping", "dispatch")
 MORE = 64  # blocks that are not recorded, added to see what one costs
 
 
@@ -97,53 +100,64 @@ class Net(nn.Module):
             block(block.x, self.context)
 
 
-def _attention_maps(q_self, k_self, q_cross, k_cross, heads, key_bias=None, backend=""):
+def _attention_maps(q_self, k_self, q_cross, k_cross, heads, key_bias=None):
     (b, n, _), t = q_self.shape, k_cross.shape[1]
     return tuple(q_self.new_empty((b, n, m), dtype=torch.float32) for m in (n, t))
 
 
-def _complete(self_map, cross_map, weights, total=None, propagation="paper", steps=4, backend=""):
-    b, n, t = cross_map.shape
+def _stacked_maps(q_self, k_self, q_cross, k_cross, heads, key_bias):
+    (b, n, _), t = q_self[0].shape, k_cross[0].shape[1]
+    shapes = ((len(q_self), b, n, m) for m in (n, t))
+    return tuple(q_self[0].new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _complete(self_map, cross_map, weights, total=None, propagation="paper", steps=4):
+    b, n, t = cross_map.shape[-3:]
     return cross_map.new_empty((b, n, t + 1))
 
 
-STANDINS = {"attention_maps": _attention_maps, "complete": _complete}
+STANDINS = {
+    "attention_maps": _attention_maps,
+    "stacked_maps": _stacked_maps,
+    "complete": _complete,
+}
 
 
 @contextlib.contextmanager
 def standing_in(depth, recorder):
-    """Inside, stand-ins do the work from so deep on."""
+    """Inside, stand-ins do the work from so deep on, and a CPU folds in groups as a GPU does."""
     with contextlib.ExitStack() as stack:
 
         def put(*patch):
             stack.enter_context(mock.patch.object(*patch))
 
+        put(folding, "GROUP_BUDGET", {"cpu": folding.GROUP_BUDGET["cuda"]})
         if depth == "hooks":
-            put(recorder._hooks, "_ran", lambda name, *_: recorder._order.append((4, name)))
+            put(recorder._hooks, "_ran", lambda block, *_: recorder._order.append((4, block.name)))
+        if depth == "bookkeeping":
+            put(
+                backends,
+                "run_unchecked",
+                lambda name, backend, device, given: STANDINS[name](**given),
+            )
         for name, function in STANDINS.items():
-            if depth == "bookkeeping":
-                put(ops, name, function)
-            if depth == "dispatch":
-                put(torch.ops.scfg, name, _op(name))
-        if depth == "checks":
-            put(backends, "run", lambda name, backend, **given: STANDINS[name](**given))
+            put(reference, name, function)
         yield
 
 
-def _op(name):
-    """A custom op as `scfg.backends` makes them, around a stand-in."""
-    full = f"scfg_host::{name}"
-    if not hasattr(torch.ops.scfg_host, name):
-        definition = getattr(reference, name)
-        standin = STANDINS[name]
-
-        def op(*args, **kwargs):
-            return standin(*args, **kwargs)
-
-        op.__signature__ = inspect.signature(definition)
-        op.__annotations__ = definition.__annotations__
-        torch.library.custom_op(full, op, mutates_args=())
-    return getattr(torch.ops.scfg_host, name)
+def checks(block, rounds):
+    """Seconds that the checks of the operations of one layer take."""
+    qk = [block.x, block.x, block.x, block.attn2.to_k.output]
+    maps = [x.new_zeros((2, x.shape[1], m), dtype=torch.float32)
+            for x, m in ((block.x, block.x.shape[1]), (block.x, TOKENS))]  # fmt: skip
+    weights, heads = torch.zeros(block.x.shape[1]), block.attn1.heads
+    taken = {}
+    with mock.patch.object(backends, "run", lambda *_, **__: None):
+        for _ in range(10 * rounds):
+            for name, args in (("attention_maps", (*qk, heads)), ("complete", (*maps, weights))):
+                seconds = _seconds(lambda n=name, a=args: getattr(ops, n)(*a))
+                taken[name] = min(taken.get(name, seconds), seconds)
+    return sum(taken.values())
 
 
 def _seconds(run):
@@ -183,21 +197,40 @@ def measure(model, rounds=ROUNDS):
     for depth in ROWS:
         row[depth] = round((above[0, depth] - before) / net.recorded * 1e6, 1)
         before = above[0, depth]
+    chosen = next(block for block in net.blocks if block.x.shape[1] == (MODELS[model][0] // 4) ** 2)
+    row["checks"] = round(checks(chosen, rounds) * 1e6, 1)
     row["layer"] = round((above[0, "dispatch"] - others) / net.recorded * 1e6, 1)
     row["unrecorded"] = round(unread * 1e6, 1)
     row["step_ms"] = round(above[0, "dispatch"] * 1e3, 2)
     return row
 
 
+def show(rows):
+    """The rows as text: microseconds, but for the step."""
+    columns = ("model", "recorded", *ROWS, "layer", "checks", "unrecorded", "step_ms")
+    lines = [" ".join(f"{column:>11}" for column in columns)]
+    lines += [" ".join(f"{row[column]:>11}" for column in columns) for row in rows]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_host(model, capsys):
+    row = measure(model)
+    with capsys.disabled():
+        print("\n" + show([row]))
+    assert row["layer"] > row["unrecorded"] > 0
+
+
 def main():
+    """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="append rows to this JSON file, e.g. in benchmarks/results")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     rows = [measure(model) for model in MODELS]
-    for row in rows:
-        print(row)
+    print(show(rows))
     about = machine()
-    print(about)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     if options.out:
         records.append(options.out, rows, about)
 

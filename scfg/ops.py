@@ -107,6 +107,54 @@ def attention_maps(
     )
 
 
+def stacked_maps(
+    q_self: list[Tensor],
+    k_self: list[Tensor],
+    q_cross: list[Tensor],
+    k_cross: list[Tensor],
+    heads: int,
+    key_bias: list[Tensor | None],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Maps of several blocks of one shape, see `scfg.reference.stacked_maps`."""
+    blocks = dict(q_self=q_self, k_self=k_self, q_cross=q_cross, k_cross=k_cross, key_bias=key_bias)
+    for name, layers in blocks.items():
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(
+                f"{name} must be a list, one entry a layer, got {type(layers).__name__}"
+            )
+        if not layers or len(layers) != len(q_self):
+            raise ValueError(
+                f"{name} must have as many layers as q_self, {len(q_self)}, at least one, got "
+                f"{len(layers)}"
+            )
+    _check_qk(q_self[0], k_self[0], heads, "_self[0]")
+    _check_qk(q_cross[0], k_cross[0], heads, "_cross[0]")
+    _shape(q_cross[0], "q_cross[0]", *q_self[0].shape)
+    if key_bias[0] is not None:
+        _shape(key_bias[0], "key_bias[0]", q_cross[0].shape[0], k_cross[0].shape[1])
+    for name, layers in blocks.items():
+        first = layers[0]
+        for layer, x in enumerate(layers[1:], 1):
+            if first is not None or x is not None:
+                _alike(x, first, f"{name}[{layer}]")
+    return backends.run(
+        "stacked_maps",
+        backend,
+        **{name: list(layers) for name, layers in blocks.items()},
+        heads=heads,
+    )
+
+
+def _alike(x: Tensor, first: Tensor, name: str) -> None:
+    """Raise unless a layer's tensor is one of the first layer's shape and type."""
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name} must be None, as of the first layer, got {type(x).__name__}")
+    _shape(x, name, *first.shape)
+    if x.dtype != first.dtype:
+        raise TypeError(f"{name} must be {first.dtype}, as of the first layer, got {x.dtype}")
+
+
 def attention_apply(
     q: Tensor, k: Tensor, columns: Tensor, heads: int, backend: str = "auto"
 ) -> Tensor:
@@ -117,7 +165,8 @@ def attention_apply(
 
 
 def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation: str, steps: int):
-    _shape(columns, name, "b", "n", "t")
+    stack = columns.shape[:1] if isinstance(columns, Tensor) and columns.dim() == 4 else ()
+    _shape(columns, name, *stack, "b", "n", "t")
     _floating(columns, name)
     if propagation not in ("paper", "official", "none"):
         raise ValueError(f"propagation must be 'paper', 'official' or 'none', got {propagation!r}")
@@ -127,8 +176,8 @@ def _check_maps(self_map: Tensor | None, columns: Tensor, name: str, propagation
         return
     if self_map is None:
         raise ValueError(f"self_map must be a tensor when propagation is {propagation!r}, got None")
-    b, n, _ = columns.shape
-    _shape(self_map, "self_map", b, n, n)
+    b, n, _ = columns.shape[-3:]
+    _shape(self_map, "self_map", *stack, b, n, n)
     _floating(self_map, "self_map")
     if self_map.dtype != columns.dtype:
         raise TypeError(
@@ -144,6 +193,7 @@ def propagate(
     backend: str = "auto",
 ) -> Tensor:
     """Complete token maps through self-attention, see `scfg.reference.propagate`."""
+    _shape(columns, "columns", "b", "n", "t")
     _check_maps(self_map, columns, "columns", propagation, steps)
     return backends.run(
         "propagate",
@@ -164,9 +214,9 @@ def complete(
     steps: int = 4,
     backend: str = "auto",
 ) -> Tensor:
-    """Fold one layer into the evidence of its level, see `scfg.reference.complete`."""
+    """Fold layers into the evidence of their level, see `scfg.reference.complete`."""
     _check_maps(self_map, cross_map, "cross_map", propagation, steps)
-    b, n, t = cross_map.shape
+    b, n, t = cross_map.shape[-3:]
     _shape(weights, "weights", n)
     if total is not None:
         _shape(total, "total", b, n, t + 1)

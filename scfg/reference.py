@@ -79,6 +79,32 @@ def attention_maps(
     return attention_map(q_self, k_self, heads), attention_map(q_cross, k_cross, heads, key_bias)
 
 
+def stacked_maps(
+    q_self: list[Tensor],
+    k_self: list[Tensor],
+    q_cross: list[Tensor],
+    k_cross: list[Tensor],
+    heads: int,
+    key_bias: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """`attention_maps` of l transformer blocks of one shape.
+
+    Args:
+        q_self: l times (b, n, g*d).
+        k_self: l times (b, n, g*d).
+        q_cross: l times (b, n, g*d).
+        k_cross: l times (b, t, g*d).
+        heads: g.
+        key_bias: l times (b, t) for the text keys, or None.
+
+    Returns:
+        (l, b, n, n) and (l, b, n, t), rows of both sum to 1.
+    """
+    blocks = zip(q_self, k_self, q_cross, k_cross, key_bias, strict=True)
+    maps = [attention_maps(*qk, heads, bias) for *qk, bias in blocks]
+    return torch.stack([own for own, _ in maps]), torch.stack([text for _, text in maps])
+
+
 def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor:
     """Head-mean self-attention times columns, the map itself never formed.
 
@@ -228,15 +254,16 @@ def complete(
     propagation: str = "paper",
     steps: int = 4,
 ) -> Tensor:
-    """Fold one layer into the evidence of its level: propagate, renormalise over space, add.
+    """Fold layers into the evidence of their level: propagate, renormalise over space, add.
 
     With Y = propagate(S, C), extended by the column sum_{j>=1} Y_j (everything but START):
     ``total_j + Y_j / (v . Y_j)``, so that each token's map has spatial mean 1 before layers are
     added up. A column that is zero everywhere stays zero.
 
     Args:
-        self_map: (b, n, n); may be None when propagation is ``"none"``.
-        cross_map: (b, n, t), token 0 is START.
+        self_map: (b, n, n), or (l, b, n, n) of l layers, added one after another; may be None when
+            propagation is ``"none"``.
+        cross_map: (b, n, t) or (l, b, n, t), token 0 is START.
         weights: (n,) from `spatial_weights`.
         total: (b, n, t+1) evidence so far, or None for zero.
         propagation: See `propagate`.
@@ -248,6 +275,11 @@ def complete(
     Source: the code upsamples, blurs, then divides by the spatial mean; the division commutes with
     both, which are linear.
     """
+    if cross_map.dim() == 4:
+        for layer, columns in enumerate(cross_map):
+            own = None if self_map is None else self_map[layer]
+            total = complete(own, columns, weights, total, propagation, steps)
+        return total
     tokens = propagate(self_map, cross_map, propagation, steps)  # (b, n, t)
     rest = tokens[..., 1:].sum(dim=-1, keepdim=True)  # (b, n, 1)
     columns = torch.cat([tokens, rest], dim=-1)  # (b, n, t+1)
