@@ -1,7 +1,6 @@
 """What an attention module of a U-Net read and projected during a call."""
 
 import inspect
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,20 +39,20 @@ class Attention:
         self.called = False
         self.x = self.given = self.mask = self.reduction = None
 
-    def begin(self, x: Tensor, reduction_of: Callable[[int], int | None]) -> None:
-        """It runs on x, (b, c, h, w) or (b, n, c): on n pixels at reduction_of(n)."""
+    def begin(self, x: Tensor, plan) -> None:
+        """It runs on x, (b, c, h, w) or (b, n, c), of a latent with a `Plan`."""
         self.runs += 1
         self.called = True
         self.pixels = count_pixels(x)
-        self.reduction = reduction_of(self.pixels)
+        self.reduction = plan.reduction(self.pixels)
         if self.reduction is not None:
             self.x = x
 
-    def call(self, args: tuple, kwargs: dict, reduction_of: Callable) -> None:
+    def call(self, args: tuple, kwargs: dict, plan) -> None:
         """The module is called."""
         self.clear()
         x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-        self.begin(x, reduction_of)
+        self.begin(x, plan)
         if self.reduction is None:
             return
         context = args[1] if len(args) > 1 else None
@@ -79,12 +78,13 @@ class Attention:
     @property
     def context(self) -> Tensor | None:
         """What it attends to, where that is not x."""
-        name = "add_k_proj" if "add_k_proj" in self.hooked else "to_k"
-        read = self.seen[name][0] if name in self.seen else None
-        query = self.seen["to_q"][0] if "to_q" in self.seen else None
-        if read is None or (name == "to_k" and (read is self.x or read is query)):
+        if "add_k_proj" in self.hooked:
+            return self.seen["add_k_proj"][0] if "add_k_proj" in self.seen else self.given
+        if "to_k" not in self.seen:
             return self.given
-        return read
+        read = self.seen["to_k"][0]
+        own = read is self.x or ("to_q" in self.seen and read is self.seen["to_q"][0])
+        return self.given if own else read
 
     def key_bias(self) -> Tensor | None:
         """(b, m) added to the scores of each key: the host's mask."""
@@ -94,10 +94,10 @@ class Attention:
         """Output (b, n, g*d) of a projection: what its hook saw, else computed again."""
         module = self.module
         modules = module._modules  # of which __getattr__ makes a detour
-        y = None
-        if name in self.seen and self.hooked[name] is modules.get(name):
-            y = self.seen[name][1]
-        if y is None or y.shape[:-1] != x.shape[:-1]:
+        read, y = self.seen.get(name, (None, None))
+        if self.hooked.get(name) is not modules.get(name):
+            y = None
+        if y is None or (read is not x and y.shape[:-1] != x.shape[:-1]):
             y = getattr(module, name)(x)
         norm = modules.get(NORMS[name]) if name in NORMS else None
         if norm is not None:
@@ -106,7 +106,8 @@ class Attention:
 
     def _scaled(self, q: Tensor) -> Tensor:
         """Queries (b, n, g*d) whose scores, over sqrt(d), are those that the module takes."""
-        scale = getattr(self.module, "scale", None)
+        own = vars(self.module)  # of what it lacks, getattr is slow to say so
+        scale = own["scale"] if "scale" in own else getattr(type(self.module), "scale", None)
         if not isinstance(scale, (int, float)):
             return q
         width = q.shape[-1] // self.module.heads

@@ -6,6 +6,7 @@ those that complete them are shared. On a CPU memory is the point, and each laye
 comes.
 """
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -33,13 +34,23 @@ class Folded(NamedTuple):
     cross_map: Tensor | None
 
 
+@dataclass(eq=False)
 class _Group:
-    """Layers of one level that can be folded at once."""
+    """Layers of one level that are kept, to be folded at once.
 
-    def __init__(self):
-        self.layers: list[Projected] = []
-        self.kind: tuple = ()
-        self.bytes = 0
+    Attributes:
+        kind: What they have in common.
+        formed: Whether their self maps are.
+        room: Most layers of a group; 0: they are not alike enough for that.
+        bytes: Queries and keys of one.
+        layers: Those that are kept.
+    """
+
+    kind: tuple
+    formed: bool
+    room: int
+    bytes: int
+    layers: list[Projected] = field(default_factory=list)
 
 
 class Folding:
@@ -76,37 +87,37 @@ class Folding:
 
     def add(self, name: str, reduction: int, layer: Projected) -> None:
         """Fold a layer, or keep it for its group."""
-        b, n, width = layer.q_cross.shape
-        formed = evidence.fits(b, n) and (self.config.propagation != "none" or self.keep_maps)
-        simple = formed and layer.self_bias is None and not layer.joint
-        simple = simple and layer.self_heads == layer.cross_heads
-        if not simple:
+        kind = (layer.q_self.shape, layer.q_cross.shape, layer.k_cross.shape, layer.self_heads)
+        kind += (layer.cross_heads, layer.q_self.dtype, layer.cross_bias is None)
+        group = self._groups.get(reduction)
+        if group is None or group.kind != kind or layer.self_bias is not None or layer.joint:
             self._flush(reduction)
-            self._fold_special(name, reduction, layer, formed)
+            group = self._group(kind, layer)
+            self._groups[reduction] = group
+        if not group.room:
+            self._fold_special(name, reduction, layer, group.formed)
         elif not self._budget:
             self._fold_alone(name, reduction, layer)
         else:
-            kind = (b, n, width, layer.k_cross.shape[1], layer.cross_heads, layer.q_self.dtype)
-            kind += (layer.cross_bias is None,)
-            self._keep(name, reduction, layer, kind)
+            if self._kept + group.bytes > self._budget:
+                self.flush()
+            group.layers.append(layer)
+            self._kept += group.bytes
+            self.layers.append(Folded(name, reduction, None, None))
+            if len(group.layers) == group.room:
+                self._flush(reduction)
 
-    def _keep(self, name: str, reduction: int, layer: Projected, kind: tuple) -> None:
-        """Put a layer in its group, which is folded first where it has no room for it."""
-        b, n, width, t = kind[:4]
-        size = (3 * n + t) * b * width * layer.q_self.element_size()
-        if self._kept + size > self._budget:
-            self.flush()
-        group = self._groups.get(reduction)
-        if group is None:
-            group = self._groups[reduction] = _Group()
-        count = len(group.layers) + 1
-        if group.kind != kind or count > GROUP or not evidence.fits(count * b, n):
-            self._flush(reduction)
-            group.kind = kind
-        group.layers.append(layer)
-        group.bytes += size
-        self._kept += size
-        self.layers.append(Folded(name, reduction, None, None))
+    def _group(self, kind: tuple, layer: Projected) -> _Group:
+        """An empty group for layers like this one, with room for none if it must go alone."""
+        (b, n, width), t = layer.q_cross.shape, layer.k_cross.shape[1]
+        formed = evidence.fits(b, n) and (self.config.propagation != "none" or self.keep_maps)
+        simple = formed and layer.self_bias is None and not layer.joint
+        room = GROUP
+        while room > 1 and not evidence.fits(room * b, n):
+            room -= 1
+        if not simple or layer.self_heads != layer.cross_heads:
+            room = 0
+        return _Group(kind, formed, room, (3 * n + t) * b * width * layer.q_self.element_size())
 
     def flush(self) -> None:
         """Fold what is kept."""
@@ -119,8 +130,7 @@ class Folding:
         if group is None or not group.layers:
             return
         layers, group.layers = group.layers, []
-        self._kept -= group.bytes
-        group.bytes = 0
+        self._kept -= len(layers) * group.bytes
         maps = self._run(
             "stacked_maps",
             q_self=[layer.q_self for layer in layers],

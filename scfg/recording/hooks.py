@@ -1,10 +1,9 @@
 """Hooks that see what the attention modules of a U-Net read and project while it runs.
 
 A block that is read has hooks on its attention modules and their projections, which store what they
-see, and one behind it, which has it read. A block that ran at another resolution than the chosen
-ones has a single hook from then on, its gate: it counts, and puts the others back where the block
-comes to run at a chosen resolution. What is or was compiled keeps all hooks, for a compiler does
-not look whether they change.
+see, and one behind it, which has it read. One that ran at another resolution has a single hook from
+then on, its gate, which puts the others back where the block comes to run at a chosen resolution.
+What was compiled keeps all hooks, for a compiler does not look whether they change.
 """
 
 from collections.abc import Callable
@@ -31,14 +30,101 @@ def _get_nothing() -> Callable:
 class _Hook:
     """A hook that a copy or a pickle of its module goes without."""
 
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *call):
-        return self.function(*call)
-
     def __reduce__(self):
         return _get_nothing, ()
+
+
+class _Called(_Hook):
+    """Before an attention module: what it is called with."""
+
+    def __init__(self, hooks: "Hooks", attention: Attention):
+        self.hooks, self.attention = hooks, attention
+
+    def __call__(self, module, args, kwargs):
+        plan = self.hooks.listening()
+        if plan is not None:
+            self.attention.call(args, kwargs, plan)
+
+
+class _Projected(_Hook):
+    """Behind a projection of an attention module: what it read and returned."""
+
+    def __init__(self, hooks: "Hooks", attention: Attention, name: str):
+        self.hooks, self.attention, self.name = hooks, attention, name
+
+    def __call__(self, module, args, output):
+        plan, attention = self.hooks.listening(), self.attention
+        if plan is None:
+            return
+        if not attention.called and self.name == "to_q":  # by a block that attends by itself
+            attention.begin(args[0], plan)
+        if attention.reduction is not None:
+            attention.read(self.name, args[0], output)
+
+
+class _Ran(_Hook):
+    """Behind a block: read it."""
+
+    def __init__(self, hooks: "Hooks", block: Block):
+        self.hooks, self.block = hooks, block
+        self.whole = block.folding is block.module
+
+    def __call__(self, module, args, output):
+        if self.hooks.listening() is None:
+            return
+        block = self.block
+        last = block.attentions[-1]
+        if last.reduction is None and block.attentions[0].reduction is None:
+            block.tells = bool(args) and count_pixels(args[0]) == last.pixels
+        else:
+            block.chosen = True
+            block.check_pixels(output if self.whole else None)
+            if last.reduction is not None and last.context is None:
+                block.lacks_text = True
+            elif last.reduction is not None and torch.is_grad_enabled():
+                with torch.no_grad():
+                    self.hooks.ran(block, last.reduction)
+            elif last.reduction is not None:
+                self.hooks.ran(block, last.reduction)
+        block.clear()
+
+
+class _Gate(_Hook):
+    """Before a block that is not read: count it, unless it has come to run where it is."""
+
+    def __init__(self, hooks: "Hooks", block: Block):
+        self.hooks, self.block = hooks, block
+
+    def __call__(self, module, args, kwargs):
+        plan, block = self.hooks.listening(), self.block
+        if plan is None:
+            return
+        block.runs += 1
+        pixels = count_pixels(args[0]) if args else 0
+        if pixels and plan.reduction(pixels) is None:
+            block.pixels = pixels
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"block {block.name!r} ran at another resolution before it was compiled; record "
+                "the U-Net once at this size before compiling it"
+            )
+        self.hooks.put_all(block)
+        for attention in block.attentions:
+            attention.runs = block.runs - 1
+        if module is block.attentions[0].module:  # whose hooks of this call are read already
+            block.attentions[0].call(args, kwargs, plan)
+
+
+class _Traced:
+    """The plan of a call as a compiler sees it: every number a function of the latent's shape."""
+
+    def __init__(self, sample: Tensor, reductions: tuple[int, ...]):
+        self.sample, self.reductions = sample, reductions
+
+    def reduction(self, n: int) -> int | None:
+        """The chosen resolution that has n pixels, or None."""
+        return find_reduction(self.sample.shape[-2:], n, self.reductions)
 
 
 class Hooks:
@@ -60,10 +146,11 @@ class Hooks:
         reductions: tuple[int, ...],
         ran: Callable[[Block, int], None],
     ):
-        self._plan: Plan | None = None  # of the call that it listens to
-        self._sample: Tensor | None = None
         self.thread: int | None = None  # that it listens to
-        self._reductions, self._ran, self._unet = reductions, ran, unet
+        self.ran = ran
+        self._plan: Plan | None = None  # of the call that it listens to
+        self._traced: _Traced | None = None
+        self._reductions, self._unet = reductions, unet
         self._compiled = hasattr(unet, "_orig_mod")  # or seen to be
         self._blocks = [
             Block(name, unet.get_submodule(name), folding_module(unet, name), modules)
@@ -71,117 +158,56 @@ class Hooks:
         ]
         self._modules = sum(len(block.attentions) for block in self._blocks)
         for block in self._blocks:
-            self._put_all(block)
+            self.put_all(block)
 
-    def _listens(self) -> bool:
-        """Whether a call of now and here is listened to."""
+    def listening(self) -> "Plan | _Traced | None":
+        """The plan, if a call of now and here is listened to."""
         if torch.compiler.is_compiling():
             self._compiled = True
-            return self._plan is not None
-        return self.thread == get_ident()
+            return self._traced
+        return self._plan if self.thread == get_ident() else None
 
-    def _reduction(self, n: int) -> int | None:
-        """The chosen resolution that has n pixels, or None."""
-        if torch.compiler.is_compiling():  # a plan made outside is numbers, each size a new graph
-            return find_reduction(self._sample.shape[-2:], n, self._reductions)
-        return self._plan.reduction(n)
-
-    def _put_all(self, block: Block) -> None:
+    def put_all(self, block: Block) -> None:
         """Put the hooks of a block that is read on."""
         block.unhook()
         block.gated = False
         for attention in block.attentions:
             self._watch(attention, block.handles)
-        hook = block.folding.register_forward_hook(_Hook(self._after(block)))
-        block.handles.append(hook)
-
-    def _put_gate(self, block: Block) -> None:
-        """Put the hook of a block that is not read on, in place of all others."""
-
-        def gate(module, args, kwargs):
-            if not self._listens():
-                return
-            block.runs += 1
-            pixels = count_pixels(args[0]) if args else 0
-            if pixels and self._reduction(pixels) is None:
-                block.pixels = pixels
-                return
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    f"block {block.name!r} ran at another resolution before it was compiled; "
-                    "record the U-Net once at this size before compiling it"
-                )
-            self._put_all(block)
-            for attention in block.attentions:
-                attention.runs = block.runs - 1
-            if module is block.attentions[0].module:  # whose hooks of this call are read already
-                block.attentions[0].call(args, kwargs, self._reduction)
-
-        block.unhook()
-        block.gated = True
-        hook = block.module.register_forward_pre_hook(_Hook(gate), with_kwargs=True)
-        block.handles.append(hook)
+        block.handles.append(block.folding.register_forward_hook(_Ran(self, block)))
 
     def _watch(self, attention: Attention, handles: list) -> None:
         """Note what goes into an attention module and what its projections return."""
-
-        def before(module, args, kwargs):
-            if self._listens():
-                attention.call(args, kwargs, self._reduction)
-
-        def keep(name):
-            def after(module, args, output):
-                if not self._listens():
-                    return
-                if not attention.called and name == "to_q":
-                    attention.begin(args[0], self._reduction)
-                if attention.reduction is not None:
-                    attention.read(name, args[0], output)
-
-            return after
-
-        hook = attention.module.register_forward_pre_hook(_Hook(before), with_kwargs=True)
-        handles.append(hook)
+        called, module = _Called(self, attention), attention.module
+        handles.append(module.register_forward_pre_hook(called, with_kwargs=True))
         attention.hooked.clear()
         for name in PROJECTIONS:
-            projection = getattr(attention.module, name, None)
+            projection = getattr(module, name, None)
             if isinstance(projection, nn.Module):
                 attention.hooked[name] = projection
-                handles.append(projection.register_forward_hook(_Hook(keep(name))))
+                hook = _Projected(self, attention, name)
+                handles.append(projection.register_forward_hook(hook))
 
-    def _after(self, block: Block):
-        whole = block.folding is block.module
-
-        def after(module, args, output):
-            if not self._listens():
-                return
-            last = block.attentions[-1]
-            if last.reduction is None and block.attentions[0].reduction is None:
-                block.tells = bool(args) and count_pixels(args[0]) == last.pixels
-            else:
-                block.chosen = True
-                block.check_pixels(output if whole else None)
-            if last.reduction is not None and last.context is None:
-                block.lacks_text = True
-            elif last.reduction is not None:
-                with torch.no_grad():
-                    self._ran(block, last.reduction)
-            block.clear()
-
-        return after
+    def _put_gate(self, block: Block) -> None:
+        """Put the hook of a block that is not read on, in place of all others."""
+        block.unhook()
+        block.gated = True
+        gate = block.module.register_forward_pre_hook(_Gate(self, block), with_kwargs=True)
+        block.handles.append(gate)
 
     def begin(self, plan: Plan, sample: Tensor) -> None:
         """Listen to one call of the U-Net on a latent of the plan's size."""
         for block in self._blocks:
             block.begin()
             if block.gated and block.module._compiled_call_impl is not None:
-                self._put_all(block)
-        self.clear()
-        self._plan, self._sample, self.thread = plan, sample, get_ident()
+                self.put_all(block)
+        self._plan, self._traced = plan, _Traced(sample, self._reductions)
+        self.thread = get_ident()
 
     def clear(self) -> None:
         """Stop listening and forget what was seen."""
-        self._plan = self._sample = self.thread = None
+        if self._plan is None:
+            return
+        self._plan = self._traced = self.thread = None
         for block in self._blocks:
             block.clear()
 

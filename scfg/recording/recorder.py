@@ -105,7 +105,9 @@ class AttentionRecorder:
             RuntimeError: A module did not run exactly once, or none was at a chosen resolution.
         """
         modules, missing = len(self._hooks), self._hooks.missing()
-        textless, pixels = self._hooks.lacking_text(), self._hooks.pixels()
+        textless, pixels = 0, []
+        if missing or not self._order:
+            textless, pixels = self._hooks.lacking_text(), self._hooks.pixels()
         size, folding = self._plan.size, self._folding
         self.abort()
         if missing:
