@@ -151,7 +151,7 @@ def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, n,
     Grid (ceil(n / BLOCK_M), b), BLOCK_T >= t: all columns of a row meet here, so the rest column
     needs no propagation, and so do all layers, added one after another. Everything is read and
     written once, but for the parts of the means, which every program adds up. BLOCK_M * BLOCK_T is
-    4096: 16 registers a thread, and as many for the sum.
+    2048: 8 registers a thread, and as many for the sum.
     """
     b = tl.num_programs(1)
     image = tl.program_id(1).to(tl.int64)
@@ -283,7 +283,7 @@ def complete(
     columns, parts = _large(*stacked, weights, powers, gain, scale)
     out = cross_map.new_empty((b, n, t + 1), dtype=torch.float32)
     block_t = max(16, triton.next_power_of_2(t))
-    rows = max(1, 4096 // block_t)
+    rows = max(1, 2048 // block_t)
     with on_device_of(cross_map):
         _renormalise_kernel[(triton.cdiv(n, rows), b)](
             columns, parts, total, out, layers, n, t, columns.shape[2], parts.shape[1],

@@ -36,6 +36,13 @@ class Evidence:
         return sorted(self.levels)
 
     @property
+    def batch(self) -> int:
+        """Rows of the call, b; 0 of none."""
+        for layers in self.levels.values():
+            return layers[0].shape[0]
+        return 0
+
+    @property
     def tokens(self) -> int:
         """Tokens of the text, t."""
         if self.patches is not None:

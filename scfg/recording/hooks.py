@@ -27,6 +27,11 @@ def _get_nothing() -> Callable:
     return _nothing
 
 
+def this_thread() -> int | None:
+    """The thread that calls; None while a compiler traces the call, which cannot ask."""
+    return None if torch.compiler.is_compiling() else get_ident()
+
+
 class _Hook:
     """A hook that a copy or a pickle of its module goes without."""
 
@@ -146,6 +151,7 @@ class Hooks:
         reductions: tuple[int, ...],
         ran: Callable[[Block, int], None],
     ):
+        self.on = True  # the U-Net: until `remove`
         self.thread: int | None = None  # that it listens to
         self.ran = ran
         self._plan: Plan | None = None  # of the call that it listens to
@@ -201,7 +207,7 @@ class Hooks:
             if block.gated and block.module._compiled_call_impl is not None:
                 self.put_all(block)
         self._plan, self._traced = plan, _Traced(sample, self._reductions)
-        self.thread = get_ident()
+        self.thread = this_thread()
 
     def clear(self) -> None:
         """Stop listening and forget what was seen."""
@@ -237,17 +243,13 @@ class Hooks:
         ran = [part.pixels for block in self._blocks for part in (block, *block.attentions)]
         return sorted({pixels for pixels in ran if pixels})
 
-    @property
-    def on(self) -> bool:
-        """Whether the hooks are on the U-Net: until `remove`."""
-        return any(block.handles for block in self._blocks)
-
     def __len__(self) -> int:
         """Attention modules."""
         return self._modules
 
     def remove(self) -> None:
         """Take every hook off the U-Net."""
+        self.on = False
         self.clear()
         for block in self._blocks:
             block.unhook()

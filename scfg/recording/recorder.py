@@ -6,7 +6,6 @@ host computes anyway (`scfg.recording.hooks`), and those are folded into the evi
 """
 
 from dataclasses import dataclass
-from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence, map_grid
 from scfg.recording.folding import Folded, Folding
-from scfg.recording.hooks import Hooks
+from scfg.recording.hooks import Hooks, this_thread
 from scfg.recording.plan import Plan, make_plan
 from scfg.recording.reading import Block
 
@@ -88,7 +87,7 @@ class AttentionRecorder:
         """
         if not self._hooks.on:
             raise RuntimeError("the U-Net is not recorded any more: its wrapper was removed")
-        if self._hooks.active and self._hooks.thread != get_ident():
+        if self._hooks.active and self._hooks.thread != this_thread():
             raise RuntimeError("another thread is recording this U-Net; give each thread its own")
         self.abort()
         self._plan = plan = make_plan(sample, self.config, self._plan)
@@ -144,7 +143,7 @@ class AttentionRecorder:
 
     def abort(self) -> None:
         """Stop recording and forget what was seen; not what another thread records."""
-        if self._hooks.active and self._hooks.thread != get_ident():
+        if self._hooks.active and self._hooks.thread != this_thread():
             return
         self._folding = None
         self._hooks.clear()
