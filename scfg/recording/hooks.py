@@ -100,7 +100,7 @@ class _Gate(_Hook):
     def __init__(self, hooks: "Hooks", block: Block):
         self.hooks, self.block = hooks, block
 
-    def __call__(self, module, args, kwargs):
+    def __call__(self, module, args, kwargs=None):
         plan, block = self.hooks.listening(), self.block
         if plan is None:
             return
@@ -196,8 +196,10 @@ class Hooks:
     def _put_gate(self, block: Block) -> None:
         """Put the hook of a block that is not read on, in place of all others."""
         block.unhook()
+        block.begin()
         block.gated = True
-        gate = block.module.register_forward_pre_hook(_Gate(self, block), with_kwargs=True)
+        joint = len(block.attentions) == 1
+        gate = block.module.register_forward_pre_hook(_Gate(self, block), with_kwargs=joint)
         block.handles.append(gate)
 
     def begin(self, plan: Plan, sample: Tensor) -> None:

@@ -58,6 +58,8 @@ class Block:
     def begin(self) -> None:
         """Nothing of a call has been seen."""
         self.runs = self.pixels = 0
+        if self.gated:
+            return
         self.chosen = self.lacks_text = self.tells = False
         for attention in self.attentions:
             attention.runs = attention.pixels = 0
@@ -70,7 +72,7 @@ class Block:
 
     def clear(self) -> None:
         """Forget what was read."""
-        for attention in self.attentions:
+        for attention in () if self.gated else self.attentions:
             if attention.called or attention.seen:
                 attention.clear()
 
