@@ -65,7 +65,7 @@ def _of_layer(tensors, layer):
     return pointer
 
 
-@triton.jit(do_not_specialize=["b"])
+@triton.jit(do_not_specialize=["b", "t"])
 def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bias_ptr,
                            self_ptr, cross_ptr, b, n, t,
                            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -48,9 +48,9 @@ def _load_columns(cross_ptr, rows, cols, n, t, WITH_REST: tl.constexpr):
     return c
 
 
-@triton.jit(do_not_specialize=["layers"])
+@triton.jit(do_not_specialize=["layers", "more", "t"])
 def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, out_ptr,
-                     gain, scale, powers, layers, n, t,
+                     gain, scale, powers, layers, more, n, t,
                      BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
                      COLUMNS: tl.constexpr):  # fmt: skip
     """COLUMNS columns of one image through all powers; with weights, renormalised and added.
@@ -60,7 +60,7 @@ def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, o
     powers is kept: C and two blocks of scratch that take turns, a barrier before each power. S is
     read once per power, total and the result once, C once (by the rest column once more). 16
     columns are the least a matrix product takes: the most programs. Layers follow each other in
-    the program, so that their sum has one order.
+    the program, so that their sum has one order; more says whether there is a total before them.
     """
     b = tl.num_programs(1)
     lanes = tl.arange(0, COLUMNS)
@@ -106,13 +106,13 @@ def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, o
             at = (tl.program_id(1).to(tl.int64) * n + rows)[:, None] * width + cols[None, :]
             if layer > 0:
                 y += tl.load(out_ptr + at, mask=ok, other=0.0)
-            elif total_ptr is not None:
-                y += tl.load(total_ptr + at, mask=ok, other=0.0)
+            else:
+                y += tl.load(total_ptr + at, mask=ok & (more > 0), other=0.0)
             tl.store(out_ptr + at, y, mask=ok)
         tl.debug_barrier()  # scratch is free, and the sum so far complete
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, partial_ptr,
                       factor, n, t, t_in, t_out,
                       BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -143,9 +143,9 @@ def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, p
         tl.store(partial_ptr + at, tl.sum(y * v[:, None], 0), mask=cols < t)
 
 
-@triton.jit(do_not_specialize=["layers", "parts"])
-def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, n, t, t_in, parts,
-                        BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["layers", "more", "parts", "n", "t"])
+def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, more, n, t, t_in,
+                        parts, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """BLOCK_M rows of one image: divide columns and rest by their spatial means, add to total.
 
     Grid (ceil(n / BLOCK_M), b), BLOCK_T >= t: all columns of a row meet here, so the rest column
@@ -159,11 +159,9 @@ def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, n,
     cols = tl.arange(0, BLOCK_T)
     ok = (rows < n)[:, None] & (cols < t)[None, :]
     row_at = (image * n + rows) * (t + 1)
-    total = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
-    total_rest = tl.zeros((BLOCK_M,), tl.float32)
-    if total_ptr is not None:
-        total = tl.load(total_ptr + row_at[:, None] + cols[None, :], mask=ok, other=0.0)
-        total_rest = tl.load(total_ptr + row_at + t, mask=rows < n, other=0.0)
+    at = row_at[:, None] + cols[None, :]
+    total = tl.load(total_ptr + at, mask=ok & (more > 0), other=0.0)
+    total_rest = tl.load(total_ptr + row_at + t, mask=(rows < n) & (more > 0), other=0.0)
     for layer in range(layers):
         stacked = (layer * b + tl.program_id(1)).to(tl.int64)
         mean = tl.zeros((BLOCK_T,), tl.float32)
@@ -200,11 +198,12 @@ def _small(self_map, columns, weights, total, powers, gain, scale):
     block_m = max(16, triton.next_power_of_2(n)) if n <= 256 else 128
     scratch = columns.new_empty((b, blocks, 3, n, 16), dtype=torch.float32)
     out = columns.new_empty((b, n, width), dtype=torch.float32)
+    more, total = (0, out) if total is None else (1, total)
     with on_device_of(columns):
         _complete_kernel[(blocks, b)](
             columns if self_map is None else self_map, columns, weights, total, scratch, out,
-            gain, scale, powers, layers, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16, **OPTIONS,
-            num_stages=stages(3))  # fmt: skip
+            gain, scale, powers, layers, more, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16,
+            **OPTIONS, num_stages=stages(3))  # fmt: skip
     return out
 
 
@@ -284,8 +283,9 @@ def complete(
     out = cross_map.new_empty((b, n, t + 1), dtype=torch.float32)
     block_t = max(16, triton.next_power_of_2(t))
     rows = max(1, 2048 // block_t)
+    more, total = (0, out) if total is None else (1, total)
     with on_device_of(cross_map):
         _renormalise_kernel[(triton.cdiv(n, rows), b)](
-            columns, parts, total, out, layers, n, t, columns.shape[2], parts.shape[1],
+            columns, parts, total, out, layers, more, n, t, columns.shape[2], parts.shape[1],
             BLOCK_M=rows, BLOCK_T=block_t, **OPTIONS)  # fmt: skip
     return out

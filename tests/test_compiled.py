@@ -67,6 +67,13 @@ def test_next_to_nothing_spills_on_sm_90(reports):
     assert all(report["spilled"] <= 8 for report in spilled)  # the embedded model's size
 
 
+def test_another_size_or_prompt_length_compiles_few_kernels():
+    steps = read(start("-m", "benchmarks.compiled", "--count"))
+    assert len(steps) == 12 and len(steps[0][-1]) > 3
+    later = [len(names) for *_, names in steps[2:]]
+    assert max(later) <= 4 and later.count(0) >= 5
+
+
 def test_a_kernel_that_spills_is_reported(tmp_path):
     (tmp_path / "spilling.py").write_text("""
 import json
