@@ -1,1 +1,1 @@
-"""Microbenchmarks, step benchmarks and checks that print the numbers of the README."""
+"""Microbenchmarks, step benchmarks and checks that print the numbers of the documentation."""

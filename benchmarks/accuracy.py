@@ -31,24 +31,24 @@ def _assembled(levels, h, w, factors):
     return reference.blur(total)  # (b, t+1, h, w)
 
 
-def segmentation(labels, foreground, flat, tokens, start, h, w, factors):
+def segmentation(labels, foreground, flat, text, front, h, w, factors):
     """How much less evidence than the winner's a patch's owner has, relative to the largest.
 
     Zero where labels and foreground are exact; the size of a tie where they are not.
     """
-    expected = reference.start_is_flat(start)
+    expected = reference.start_is_flat(front)
     if (
         not torch.equal(flat, expected)
-        or foreground[expected & reference.start_is_flat(tokens)].any()
+        or foreground[expected & reference.start_is_flat(text)].any()
     ):
         return float("inf")
-    start = [
+    front = [
         torch.where(expected[:, None, None], own[..., [0, -1]], other[..., [0, -1]])
-        for own, other in zip(tokens, start, strict=True)
+        for own, other in zip(text, front, strict=True)
     ]
-    evidence = _assembled(double(tokens), h, w, factors)[:, :-1]
+    evidence = _assembled(double(text), h, w, factors)[:, :-1]
     lost = evidence.amax(dim=1) - evidence.gather(1, labels[:, None])[:, 0]
-    both = _assembled([x[..., [0, -1]] for x in double(start)], h, w, factors)
+    both = _assembled([x[..., [0, -1]] for x in double(front)], h, w, factors)
     margin = both[:, 1] - both[:, 0]
     wrong = torch.where(foreground == (margin > 0), 0.0, margin.abs())
     worst = max((lost / evidence.max()).max().item(), (wrong / both.max()).max().item())

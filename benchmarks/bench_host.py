@@ -115,7 +115,7 @@ def _stacked_maps(q_self, k_self, q_cross, k_cross, heads, key_bias):
     return tuple(_allocate(q_self[0], len(q_self), b, n, m) for m in (n, t))
 
 
-def _complete(self_map, cross_map, weights, total=None, propagation="paper", steps=4):
+def _complete(self_map, cross_map, weights, total=None, propagation="paper", powers=4):
     b, n, t = cross_map.shape[-3:]
     return _allocate(cross_map, b, n, t + 1)
 

@@ -1,12 +1,11 @@
 """Time of every op on every backend, at the usual sizes of the published models.
 
-    pytest benchmarks [--compiled] [-k "complete and sdxl"]
+    pytest benchmarks [-k "complete and sdxl"]
 
 Each result is checked against the definition in float64 before it is timed. On a CPU: torch in
-float32, and with --compiled torch.compile of it. On a GPU: Triton, torch and torch.compile in
-float16; pytest-benchmark then shows one call as the host sees it, and ``extra_info`` of
---benchmark-json the time on the device, its floors and its share of the copy bandwidth (see
-`benchmarks.gpu_timing`, which prints the same without pytest).
+float32. On a GPU: Triton, torch and torch.compile in float16; pytest-benchmark then shows one call
+as the host sees it, and ``extra_info`` of --benchmark-json the time on the device, its floors and
+its share of the copy bandwidth (`benchmarks.gpu_check` prints the same without pytest).
 """
 
 import functools
@@ -22,29 +21,28 @@ ceilings = functools.cache(gpu_timing.ceilings)
 
 
 def pytest_generate_tests(metafunc):
-    compiled = DEVICE == "cuda" or metafunc.config.getoption("--compiled")
     points = []
     for op in (*cases.OPS, *cases.STAGES):
-        for shape in cases.SHAPES:
-            if DEVICE == "cpu" and op == "guide_maps" and shape.startswith("sd"):
+        for size in cases.SIZES:
+            if DEVICE == "cpu" and op == "guide_maps" and size.startswith("sd"):
                 continue  # cubes of matrices in the released algorithm: seconds a run
-            for backend in cases.backends(op, DEVICE, compiled):
-                points.append(pytest.param(op, shape, backend, id=f"{op}-{shape}-{backend}"))
-    metafunc.parametrize(("op", "shape", "backend"), points)
+            for backend in cases.backends(op, DEVICE, compiled=DEVICE == "cuda"):
+                points.append(pytest.param(op, size, backend, id=f"{op}-{size}-{backend}"))
+    metafunc.parametrize(("op", "size", "backend"), points)
 
 
 @pytest.mark.benchmark(max_time=0.4, min_rounds=5, warmup=False)
 @torch.no_grad()
-def test_op(benchmark, op, shape, backend):
+def test_op(benchmark, op, size, backend):
     benchmark.group = op
-    args = cases.arguments(op, cases.SHAPES[shape], 1, DTYPE, DEVICE)
+    args = cases.arguments(op, cases.SIZES[size], 1, DTYPE, DEVICE)
     run = cases.call(op, backend)
     error, bound = accuracy.check(op, args, run(*args))
     assert error <= bound
     if DEVICE == "cpu":
         benchmark(run, *args)
         return
-    benchmark.extra_info |= gpu_timing.measure(op, shape, 1, backend, DTYPE, ceilings())
+    benchmark.extra_info |= gpu_timing.measure(op, size, 1, backend, DTYPE, ceilings())
     run = cases.call(op, backend)
     run(*args)
 

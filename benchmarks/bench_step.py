@@ -8,56 +8,31 @@ the median over rounds of time / time of plain CFG in the same round and mode; b
 of the fastest step of each, which other work on the machine disturbs least. Peak memory is that of
 a step above what was there before: of the process (VmHWM, reset before each step) on a CPU, of the
 allocator on a GPU. On a GPU everything but "eager" is replayed as a CUDA graph. What does not fit
-is a row that says so: on a CPU it is not tried, as running out of memory kills the process.
+is a row that says so.
 """
 
 import argparse
+import contextlib
 import gc
+import itertools
 import statistics
+import sys
 
 import torch
 
 from benchmarks import records
 from benchmarks.clock import seconds
-from benchmarks.machine import available_bytes, machine, peak_mib
-from benchmarks.methods import (
-    MODELS,
-    MODES,
-    build,
-    inputs,
-    methods,
-    needed_bytes,
-    prepare,
-    weight_bytes,
-)
+from benchmarks.machine import first_line, machine, memory_limit, peak_mib
+from benchmarks.methods import MODELS, MODES, build, inputs, methods, prepare
 
 # Of results that are the same method's; a patch that rounding gives to another token changes rates.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02}
-
-
-def first_line(error):
-    """An error on one short line."""
-    text = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}"[:160]
-
-
-def skipped(name, config, pixels, batch, dtype, device):
-    """Why a method cannot be tried on this machine, or None."""
-    if device == "cuda":
-        return None
-    need = needed_bytes(config, name, pixels, batch, dtype.itemsize)
-    free = available_bytes()
-    if need > free:
-        return f"needs about {need / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are available"
-    return None
 
 
 def start(found, net, arguments, device, failures):
     """Steps that run, results, and peaks of the recorded ones; others get an entry in failures."""
     steps, results, peaks = {}, {}, {}
     for key, make in found.items():
-        if key in failures:
-            continue
         try:
             steps[key], results[key], peak = prepare(key[0], make, net, arguments, device)
         except Exception as error:  # out of memory, or what a compiler does not take
@@ -65,7 +40,7 @@ def start(found, net, arguments, device, failures):
         else:
             if peak is not None:
                 peaks[key] = [peak]
-        if key in failures and device == "cuda":  # after the error, whose frames hold tensors
+        if key in failures:  # after the error, whose frames hold tensors
             gc.collect()
             torch.cuda.empty_cache()
     return steps, results, peaks
@@ -99,6 +74,7 @@ def take_turns(steps, arguments, rounds, device, peaks):
         count = max(1, min(10, int(0.2 / fastest)))
     for turn in range(rounds):
         order = list(steps) if turn % 2 == 0 else list(steps)[::-1]
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
         for key in order:
             with peak_mib(device) as peak:
                 taken = seconds(lambda key=key: steps[key](*arguments), device, count)
@@ -109,27 +85,22 @@ def take_turns(steps, arguments, rounds, device, peaks):
 
 
 @torch.no_grad()
-def measure(model, pixels, batch, rounds, width, device, dtype, modes=("eager",), skip=()):
+def measure(model, pixels, batch, *, rounds, width, device, dtype, modes=("eager",), skip=()):
     """One row per mode and method."""
     found = methods(model, device, modes)
     found = {key: make for key, make in found.items() if key[1] not in skip}
     about = {"kind": "step", "model": model, "width": width, "pixels": pixels, "batch": batch}
     about |= {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds}
-    weights = weight_bytes(MODELS[model], dtype.itemsize) * width**2
-    times, peaks, distances = {}, {}, {}
-    if device == "cpu" and weights > available_bytes():
-        text = f"{weights / 2**30:.1f} GiB of weights, {available_bytes() / 2**30:.1f} available"
-        failures = dict.fromkeys(found, text)
-    else:
+    steps, times, peaks, distances, failures = {}, {}, {}, {}, {}
+    try:
         net = build(model, width, device, dtype)
         arguments = inputs(net.config, pixels, batch, device, dtype)
-        failures = {}
-        for key in found:
-            reason = skipped(key[1], net.config, pixels, batch, dtype, device)
-            if reason:
-                failures[key] = reason
+    except (RuntimeError, MemoryError) as error:
+        failures = dict.fromkeys(found, first_line(error))
+    else:
         steps, results, peaks = start(found, net, arguments, device, failures)
         distances = compare(steps, results, failures)
+    if steps:
         times = take_turns(steps, arguments, rounds, device, peaks)
     rows = []
     for key in found:
@@ -195,12 +166,12 @@ def main():
         parser.error("--modes graphed needs a CUDA device")
     width, rounds = (0.2, 5) if options.quick else (1.0, options.rounds)
     rows = []
-    for pixels in options.sizes:
-        for batch in options.batch:
-            point = (options.model, pixels, batch, rounds, width, device, dtype)
-            rows += measure(*point, modes, options.skip)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+    with memory_limit() if device == "cpu" else contextlib.nullcontext():
+        for pixels, batch in itertools.product(options.sizes, options.batch):
+            rows += measure(
+                options.model, pixels, batch, rounds=rounds, width=width, device=device,
+                dtype=dtype, modes=modes, skip=options.skip)  # fmt: skip
+            torch.cuda.empty_cache()
     show(rows)
     about = machine(options.commit)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -19,7 +19,7 @@ from scfg.evidence import Evidence, map_grid
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSize:
     """A model at one size; levels are (reduction, layers, heads, head width), finest first."""
 
     latent: tuple[int, int, int]  # c, H, W
@@ -42,11 +42,11 @@ class Shape:
         return map_grid(self.latent[1:], reduction)
 
 
-SHAPES = {
-    "sd15-512": Shape((4, 64, 64), ((4, 5, 8, 160), (8, 1, 8, 160))),
-    "sd21-768": Shape((4, 96, 96), ((4, 5, 20, 64), (8, 1, 20, 64))),
-    "sdxl-1024": Shape((4, 128, 128), ((4, 60, 20, 64),)),
-    "shapes-64": Shape((48, 16, 16), ((1, 3, 2, 32), (2, 4, 2, 64)), tokens=16),
+SIZES = {
+    "sd15-512": ModelSize((4, 64, 64), ((4, 5, 8, 160), (8, 1, 8, 160))),
+    "sd21-768": ModelSize((4, 96, 96), ((4, 5, 20, 64), (8, 1, 20, 64))),
+    "sdxl-1024": ModelSize((4, 128, 128), ((4, 60, 20, 64),)),
+    "embedded-64": ModelSize((48, 16, 16), ((1, 3, 2, 32), (2, 4, 2, 64)), tokens=16),
 }
 OPS = (
     "attention_map",
@@ -62,7 +62,7 @@ STAGES = ("guide_evidence", "guide_maps")
 SCALE = 7.5
 
 
-def arguments(op, shape, b, dtype=torch.float32, device="cpu", seed=0):
+def arguments(op, size, b, dtype=torch.float32, device="cpu", seed=0):
     """Random arguments of an op; attention ops are given the finest level."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -73,12 +73,12 @@ def arguments(op, shape, b, dtype=torch.float32, device="cpu", seed=0):
         return (2 * normal(2 * b, n, m, of=torch.float32)).softmax(-1)
 
     def evidence(reduction):
-        h, w = shape.grid(reduction)
+        h, w = size.grid(reduction)
         return normal(b, h * w, t + 1, of=torch.float32).exp()
 
-    t, factor, config = shape.tokens, shape.reduction, shape.config
-    _, _, heads, width = shape.levels[0]
-    h, w = shape.grid(factor)
+    t, factor, config = size.tokens, size.reduction, size.config
+    _, _, heads, width = size.levels[0]
+    h, w = size.grid(factor)
     n = h * w
     if op.startswith("attention"):
         q, k, q_cross = (normal(2 * b, n, heads * width) for _ in range(3))
@@ -94,15 +94,15 @@ def arguments(op, shape, b, dtype=torch.float32, device="cpu", seed=0):
         weights = reference.spatial_weights(h, w, 1).float().to(device)
         total = normal(2 * b, n, t + 1, of=torch.float32).exp()
         return maps(n, n), maps(n, t), weights, total, "paper", 4
-    factors = [level[0] // factor for level in shape.levels]
-    levels = [[evidence(level[0]) for level in shape.levels] for _ in range(2)]
+    factors = [level[0] // factor for level in size.levels]
+    levels = [[evidence(level[0]) for level in size.levels] for _ in range(2)]
     if op == "segment":
         return *levels, h, w, factors
-    eps = normal(b, *shape.latent), normal(b, *shape.latent)
+    eps = normal(b, *size.latent), normal(b, *size.latent)
     if op == "guide_evidence":
-        return *eps, *levels, shape.latent[1:], config
+        return *eps, *levels, size.latent[1:], config
     if op == "guide_maps":
-        sizes = [shape.grid(r) for r, layers, _, _ in shape.levels for _ in range(layers)]
+        sizes = [size.grid(r) for r, layers, _, _ in size.levels for _ in range(layers)]
         pixels = [h * w for h, w in sizes]
         return *eps, [maps(n, n) for n in pixels], [maps(n, t) for n in pixels], SCALE, config
     labels, foreground, _ = reference.segment(*levels, h, w, factors)
@@ -112,11 +112,11 @@ def arguments(op, shape, b, dtype=torch.float32, device="cpu", seed=0):
     return *eps, labels, sums, torch.full((b,), SCALE, device=device), factor
 
 
-def _guide_evidence(eps_uncond, eps_text, tokens, start, size, config, backend="auto"):
+def _guide_evidence(eps_uncond, eps_text, text, front, size, config, backend="auto"):
     """All that follows the last recorded layer, from the evidence (b, n, t+1) of each level."""
     uncond, text = (
         Evidence(size, {r: [x] for r, x in zip(config.reductions, levels, strict=True)})
-        for levels in (start, tokens)
+        for levels in (front, text)
     )
     settings = dict(guidance_scale=SCALE, config=config, backend=backend)
     out = guidance.guide_evidence(eps_uncond, eps_text, uncond=uncond, text=text, **settings)
@@ -149,18 +149,22 @@ def call(op, backend):
     function = {"guide_evidence": _guide_evidence, "guide_maps": _guide_maps}.get(op)
     function = function or getattr(ops, op)
     if backend == "compiled":
-        torch._dynamo.reset()  # a shape must not be refused, or made dynamic, because of another
+        torch._dynamo.reset()  # a size must not be refused, or made dynamic, because of another
         run = functools.partial(function, backend="torch")
         return torch.compile(run, fullgraph=True, dynamic=False)
     return functools.partial(function, backend=backend)
 
 
 def least_bytes(op, args, result):
-    """Bytes that must move: inputs read once, results written once, but S once per power."""
-    moved = sum(x.numel() * x.element_size() for x in tensors([args, result]))
+    """Bytes that must move: inputs read once, results written once, but S once per power.
+
+    `segment` reads the tokens of the text's evidence, and START and the rest of the other.
+    """
+    moved = sum(x.nbytes for x in tensors([args, result]))
+    if op == "segment":
+        moved -= sum(x[..., 0].nbytes + y[..., 2:].nbytes for x, y in zip(*args[:2], strict=True))
     if op in ("propagate", "complete"):
-        powers = len(reference.power_weights(*args[-2:]))
-        moved += (powers - 1) * args[0].numel() * args[0].element_size()
+        moved += (len(reference.power_weights(*args[-2:])) - 1) * args[0].nbytes
     return moved
 
 

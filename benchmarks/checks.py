@@ -77,11 +77,11 @@ def poisoned():
         torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
 
 
-def kernel(device, op, shape, b, dtype, seed=None):
+def kernel(device, op, size, b, dtype, seed=None):
     """An op in Triton on fresh inputs: its error in the bound of `benchmarks.accuracy`, every
     element written, every run the same bits."""
     seed = secrets.randbelow(2**31) if seed is None else seed
-    args = cases.arguments(op, shape, b, dtype, device, seed)
+    args = cases.arguments(op, size, b, dtype, device, seed)
     run = cases.call(op, "triton")
     with poisoned():
         result = run(*args)
@@ -180,16 +180,16 @@ def end_to_end(device, dtype, setup):
     return {"patches_differ": differ, "patches": patches, "eps_error": error}
 
 
-def guidance_stage(device, dtype, shape, seed):
+def guidance_stage(device, dtype, size, seed):
     """All that follows the last recorded layer, and its arguments."""
-    args = cases.arguments("guide_evidence", shape, 2, dtype, device, seed)
+    args = cases.arguments("guide_evidence", size, 2, dtype, device, seed)
     return cases.call("guide_evidence", "triton"), args
 
 
-def graph_of_guidance(device, dtype, shape):
+def graph_of_guidance(device, dtype, size):
     """All that follows the U-Net, as a CUDA graph on new inputs: the bits of a plain run."""
-    run, static = guidance_stage(device, dtype, shape, seed=0)
-    _, fresh = guidance_stage(device, dtype, shape, seed=1)
+    run, static = guidance_stage(device, dtype, size, seed=0)
+    _, fresh = guidance_stage(device, dtype, size, seed=1)
     return _replay(device, run, static, fresh, 0.0)
 
 
@@ -240,9 +240,9 @@ def compiles(device, setup):
     return {"share_off": share, "largest": (result - expected).abs().max().item()}
 
 
-def two_streams(device, dtype, shape, rounds=20):
+def two_streams(device, dtype, size, rounds=20):
     """Two callers at once, each on a stream of its own: the bits each gets alone."""
-    stages = [guidance_stage(device, dtype, shape, seed) for seed in (0, 1)]
+    stages = [guidance_stage(device, dtype, size, seed) for seed in (0, 1)]
     expected = [clone(run(*args)) for run, args in stages]
     streams = [contextlib.nullcontext()] * 2
     if device == "cuda":

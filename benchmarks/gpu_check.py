@@ -1,6 +1,7 @@
 """Everything that only a GPU can show, in one command: correct first, then how fast.
 
     python -m benchmarks.gpu_check [--out FILE] [--only checks|kernels|steps]
+    python -m benchmarks.gpu_check --only kernels --sizes sdxl-1024 --batch 4 --ops guide segment
 
 Every kernel and S-CFG end to end in three types against float64, CUDA graphs, torch.compile, two
 streams; then the times of operations and steps. Needs torch, triton and this repository. Each check
@@ -10,13 +11,14 @@ operation failed, 2 without a GPU.
 """
 
 import argparse
+import itertools
 import traceback
 from functools import partial
 
 import torch
 
 from benchmarks import bench_step, cases, checks, gpu_timing, records
-from benchmarks.machine import machine
+from benchmarks.machine import first_line, machine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TIMED = (("sd15-512", 1), ("sdxl-1024", 1), ("sdxl-1024", 4))
@@ -34,14 +36,14 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def planned(device, shapes, setup, dtypes, batch=2, goldens=True):
+def planned(device, sizes, setup, dtypes, batch=2, goldens=True):
     """Every check, as (name, function of no argument)."""
     found = []
     for dtype in dtypes:
-        for name, shape in shapes.items():
+        for name, size in sizes.items():
             for op in (*cases.OPS, "guide_evidence"):
                 title = f"{op} {name} {name_of(dtype)}"
-                found.append((title, partial(checks.kernel, device, op, shape, batch, dtype)))
+                found.append((title, partial(checks.kernel, device, op, size, batch, dtype)))
     for dtype in dtypes:
         found.append(
             (f"end to end {name_of(dtype)}", partial(checks.end_to_end, device, dtype, setup))
@@ -50,11 +52,11 @@ def planned(device, shapes, setup, dtypes, batch=2, goldens=True):
         for dtype in (torch.float32, torch.float16):
             title = f"golden {path.stem} {name_of(dtype)}"
             found.append((title, partial(checks.golden, device, path, dtype)))
-    shape, half = next(iter(shapes.values())), torch.float16
+    size, half = next(iter(sizes.values())), torch.float16
     found += [
-        ("graph of guidance", partial(checks.graph_of_guidance, device, half, shape)),
+        ("graph of guidance", partial(checks.graph_of_guidance, device, half, size)),
         ("graph of U-Net and guidance", partial(checks.graph_of_step, device, half, setup)),
-        ("two streams", partial(checks.two_streams, device, half, shape)),
+        ("two streams", partial(checks.two_streams, device, half, size)),
         ("torch.compile, one graph", partial(checks.compiles, device, setup)),
     ]
     return found
@@ -71,7 +73,7 @@ def run_checks(found):
             row |= {"ok": False, "failed": str(error)}
         except Exception as error:  # one check that breaks must not hide the others
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{bench_step.first_line(error)} ({where.name}, line {where.lineno})"
+            text = f"{first_line(error)} ({where.name}, line {where.lineno})"
             row |= {"ok": False, "failed": text}
         numbers = row.get("found", {}).items()
         text = row.get("failed") or ", ".join(
@@ -82,24 +84,26 @@ def run_checks(found):
         yield [row]
 
 
-def time_kernels():
-    """Ceilings, then the operations of `TIMED`, in Triton, torch and compiled torch."""
+def time_kernels(timed=TIMED, dtypes=("float16",), ops=None):
+    """Ceilings, then operations in Triton, torch and, of one image, compiled torch."""
     limits = gpu_timing.ceilings()
     print(", ".join(f"{key} {value / 1e12:.3f} T/s" for key, value in limits.items()))
     yield [{"kind": "ceilings"} | {key: float(f"{v:.4g}") for key, v in limits.items()}]
     print(gpu_timing.HEAD)
-    for shape, b in TIMED:
-        yield gpu_timing.survey([shape], [b], ["float16"], b == 1, limits)
+    for name, b in timed:
+        yield gpu_timing.survey(name, b, dtypes=dtypes, compiled=b == 1, limits=limits, ops=ops)
 
 
 def time_steps():
     """Steps of `STEPS`."""
     for model, pixels, b, modes in STEPS:
         try:
-            rows = bench_step.measure(model, pixels, b, 7, 1.0, "cuda", torch.float16, modes)
+            rows = bench_step.measure(
+                model, pixels, b, rounds=7, width=1.0, device="cuda", dtype=torch.float16,
+                modes=modes)  # fmt: skip
         except Exception as error:  # one point that fails must not cost the others
             point = {"kind": "step", "model": model, "pixels": pixels, "batch": b}
-            failed = {"mode": modes[0], "method": "all", "failed": bench_step.first_line(error)}
+            failed = {"mode": modes[0], "method": "all", "failed": first_line(error)}
             rows = [point | failed]
         bench_step.show(rows)
         yield rows
@@ -111,6 +115,10 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="JSON file to write, e.g. benchmarks/results/h100.json")
     parser.add_argument("--only", choices=("checks", "kernels", "steps"))
+    parser.add_argument("--sizes", nargs="+", choices=cases.SIZES, help="of kernels timed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="with --sizes")
+    parser.add_argument("--dtypes", nargs="+", choices=gpu_timing.DTYPES, default=["float16"])
+    parser.add_argument("--ops", nargs="+", choices=(*cases.OPS, *cases.STAGES), help="timed")
     parser.add_argument("--commit", help="of a copy of the tree without its history")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -118,8 +126,10 @@ def main(arguments=None):
         return 2
     about = machine(options.commit)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    found = planned("cuda", cases.SHAPES, checks.FULL, DTYPES)
-    parts = {"checks": run_checks(found), "kernels": time_kernels(), "steps": time_steps()}
+    found = planned("cuda", cases.SIZES, checks.FULL, DTYPES)
+    timed = list(itertools.product(options.sizes, options.batch)) if options.sizes else TIMED
+    kernels = time_kernels(timed, dtypes=options.dtypes, ops=options.ops)
+    parts = {"checks": run_checks(found), "kernels": kernels, "steps": time_steps()}
     rows = []
     for name, part in parts.items():
         for new in part if options.only in (None, name) else ():
@@ -130,7 +140,7 @@ def main(arguments=None):
     wrong = [row["check"] for row in done if not row["ok"]]
     print(f"{len(done) - len(wrong)} of {len(done)} checks held")
     kernels = [row for row in rows if row["kind"] == "kernel" and "failed" in row]
-    wrong += [f"{row['op']} {row['shape']} {row['backend']}" for row in kernels]
+    wrong += [f"{row['op']} {row['size']} {row['backend']}" for row in kernels]
     print("".join(f"FAIL {name}\n" for name in wrong), end="")
     return 1 if wrong else 0
 

@@ -1,22 +1,20 @@
 """Time of every operation on a GPU, beside the least it could take.
 
-    python -m benchmarks.gpu_timing [--shapes sdxl-1024] [--batch 4] [--compiled] [--out FILE]
-
 One replay of a CUDA graph runs an operation on many copies of its inputs, which together exceed the
 L2 cache, each writing a result of its own; its time over their number is one sample. Beside it
 stand two floors: bytes that must move over the bandwidth of a large copy, and operations that must
 be done over the rate of a large matrix product, or of exponentials, whichever is longer. All three
 ceilings are measured here. A product of float32 inputs is counted as three tf32 products, the
-cheapest way to keep float32 accuracy on tensor cores.
+cheapest way to keep float32 accuracy on tensor cores. The command is `benchmarks.gpu_check`.
 """
 
-import argparse
+import itertools
 
 import torch
 
-from benchmarks import accuracy, cases, records
+from benchmarks import accuracy, cases
 from benchmarks.clock import capture, copies, percentiles, seconds
-from benchmarks.machine import machine, peak_mib
+from benchmarks.machine import first_line, peak_mib
 
 REPLAYS = 30
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -71,11 +69,11 @@ def floors(op, args, result, limits):
 
 
 @torch.no_grad()
-def measure(op, name, b, backend, dtype, limits, device="cuda", shape=None):
+def measure(op, name, b, backend, dtype, limits, device="cuda", size=None):
     """One row: correct first, then timed."""
-    shape = shape or cases.SHAPES[name]
-    args = cases.arguments(op, shape, b, dtype, device)
-    row = {"kind": "kernel", "op": op, "shape": name, "batch": b, "backend": backend}
+    size = size or cases.SIZES[name]
+    args = cases.arguments(op, size, b, dtype, device)
+    row = {"kind": "kernel", "op": op, "size": name, "batch": b, "backend": backend}
     row["dtype"] = str(dtype).removeprefix("torch.")
     run = cases.call(op, backend)
     with peak_mib(device) as peak:
@@ -114,32 +112,25 @@ def measure(op, name, b, backend, dtype, limits, device="cuda", shape=None):
     return row
 
 
-def survey(shapes, batches, dtypes, compiled, limits, device="cuda", ops=None):
-    """A row for every op, shape, batch, type and backend; what fails says why."""
+def survey(name, b, *, dtypes, compiled, limits, device="cuda", ops=None):
+    """A row for every op, type and backend of a size and batch; what fails says why."""
     rows = []
-    for name in shapes:
-        for b in batches:
-            for dtype in dtypes:
-                for op in ops or (*cases.OPS, *cases.STAGES):
-                    for backend in cases.backends(op, device, compiled):
-                        point = (op, name, b, backend, DTYPES[dtype])
-                        try:
-                            row = measure(*point, limits, device)
-                        except Exception as error:  # a point that fails must not cost the others
-                            row = {"kind": "kernel", "op": op, "shape": name, "batch": b}
-                            row |= {"backend": backend, "dtype": dtype}
-                            first = (str(error).splitlines() or [""])[0]
-                            row["failed"] = f"{type(error).__name__}: {first}"[:200]
-                        rows.append(row)
-                        print(line(row), flush=True)
-                        if device == "cuda":
-                            torch.cuda.empty_cache()
+    for dtype, op in itertools.product(dtypes, ops or (*cases.OPS, *cases.STAGES)):
+        for backend in cases.backends(op, device, compiled):
+            try:
+                row = measure(op, name, b, backend, DTYPES[dtype], limits, device)
+            except Exception as error:  # a point that fails must not cost the others
+                row = {"kind": "kernel", "op": op, "size": name, "batch": b, "backend": backend}
+                row |= {"dtype": dtype, "failed": first_line(error)}
+            rows.append(row)
+            print(line(row), flush=True)
+            torch.cuda.empty_cache()
     return rows
 
 
 def line(row):
     """One row as a line of a table."""
-    start = f"{row['op']:16} {row['shape']:10} {row['batch']:3} {row['dtype']:9} {row['backend']:9}"
+    start = f"{row['op']:16} {row['size']:10} {row['batch']:3} {row['dtype']:9} {row['backend']:9}"
     if "failed" in row:
         return f"{start} {row['failed']}"
     times = " ".join(f"{row[key]:9.2f}" for key in ("p20_us", "p50_us", "p80_us"))
@@ -151,33 +142,6 @@ def line(row):
 
 
 HEAD = (
-    f"{'op':16} {'shape':10} {'b':>3} {'dtype':9} {'backend':9} {'p20 us':>9} {'p50 us':>9} "
+    f"{'op':16} {'size':10} {'b':>3} {'dtype':9} {'backend':9} {'p20 us':>9} {'p50 us':>9} "
     f"{'p80 us':>9} {'GB/s':>8} {'share':>6} {'bytes us':>9} {'work us':>9}"
 )
-
-
-def main():
-    """Measure the ceilings, then every point; print and, if asked, record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=cases.SHAPES, default=list(cases.SHAPES))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float16"])
-    parser.add_argument("--ops", nargs="+", choices=(*cases.OPS, *cases.STAGES))
-    parser.add_argument("--compiled", action="store_true", help="torch.compile of torch as well")
-    parser.add_argument("--out", help="append rows to this JSON file")
-    parser.add_argument("--commit", help="of a copy of the tree without its history")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(2, "gpu_timing needs a CUDA device and found none\n")
-    limits = ceilings()
-    print(", ".join(f"{key} {value / 1e12:.3f} T/s" for key, value in limits.items()))
-    print(HEAD)
-    points = options.shapes, options.batch, options.dtypes, options.compiled
-    rows = survey(*points, limits, ops=options.ops)
-    rows.append({"kind": "ceilings"} | {key: float(f"{v:.4g}") for key, v in limits.items()})
-    if options.out:
-        records.append(options.out, rows, machine(options.commit))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,11 @@
-"""What a number was measured on, and how much memory there is and a step took."""
+"""The machine: what a number was measured on, memory there is and a step took, errors in a line."""
 
 import contextlib
 import ctypes
 import gc
 import os
 import platform
+import resource
 import subprocess
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -56,6 +57,12 @@ def machine(commit=None):
     return about | {"triton": _version("triton")}
 
 
+def first_line(error):
+    """An error on one short line."""
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"[:160]
+
+
 def _kilobytes(path, key):
     for line in Path(path).read_text().splitlines():
         if line.startswith(key + ":"):
@@ -63,13 +70,29 @@ def _kilobytes(path, key):
     raise RuntimeError(f"{path} has no {key}")
 
 
-def available_bytes():
+def _available_bytes():
     """Main memory a process may still take: of the machine, and of its container."""
     free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free
+
+
+@contextlib.contextmanager
+def memory_limit(free=None):
+    """Inside, taking more than so many bytes, by default all there are, is an error.
+
+    Otherwise the system kills the process that takes the last of its memory.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    taken = _kilobytes("/proc/self/status", "VmData") * 1024
+    soft = taken + (_available_bytes() if free is None else free)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @contextlib.contextmanager

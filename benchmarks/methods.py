@@ -130,25 +130,3 @@ def prepare(mode, make, net, arguments, device):
         return result
 
     return replayed, result, peak()
-
-
-def weight_bytes(config, itemsize):
-    """Size of the U-Net's weights."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in UNet(config).parameters()) * itemsize
-
-
-def needed_bytes(config, name, pixels, batch, itemsize):
-    """Estimate of the main memory that a method takes beyond the weights.
-
-    Plain CFG: about 40 tensors of the size of the first feature map are alive at once (skips,
-    feed-forward, convolution workspace). S-CFG adds one layer's maps, the released algorithm the
-    probabilities of whole layers.
-    """
-    latent = pixels // 8
-    total = 40 * 2 * batch * config.block_out_channels[0] * latent**2 * itemsize
-    if name == "released":
-        total += released.extra_bytes(config, latent, batch, itemsize)
-    elif name != "cfg":
-        total += 3 * 2 * batch * (latent // 4) ** 4 * 4
-    return total

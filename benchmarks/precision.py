@@ -78,14 +78,12 @@ def guide(eps_uncond, eps_text, layers, config, way):
     factors = [r // config.map_reduction for r in order]
     wide = torch.float64 if way is None else torch.float32
     eps = eps_uncond.to(wide), eps_text.to(wide)
-    out = reference.guide_evidence(
-        *eps, tokens, start, h, w, factors, SCALE, config.map_reduction
-    )
+    out = reference.guide_evidence(*eps, tokens, start, h, w, factors, SCALE, config.map_reduction)
     return out[2], out[1]
 
 
 def drawn():
-    """Predictions and maps of the embedded model, on its first noise at half of the noise levels."""
+    """Predictions and maps of the embedded model, of its first noise at step 500."""
     model = load_model()
     conditions = [model.encode(list(x)) for x in ([""] * len(PROMPTS), PROMPTS)]
     generator = torch.Generator().manual_seed(0)
@@ -98,7 +96,7 @@ def drawn():
 
 def random(name, layers, images):
     """Predictions and maps of random queries and keys at a published shape, some layers a level."""
-    shape = cases.SHAPES[name]
+    shape = cases.SIZES[name]
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size):

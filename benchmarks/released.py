@@ -96,19 +96,3 @@ class Released:
         out = combine(eps_uncond, eps_text, *maps, guidance_scale)
         self.start(0)
         return out
-
-
-def extra_bytes(config, latent, batch, itemsize):
-    """Memory beyond plain CFG, of a U-Net at a latent side: scores and probabilities of the largest
-    layer at once, and the kept maps."""
-    layers, kept, largest = config.layers_per_block * 2 + 1, 0, 0
-    depths = [layers * depth for depth in config.transformer_depth]
-    depths[-1] += config.mid_depth
-    for level, (depth, heads) in enumerate(zip(depths, config.heads, strict=True)):
-        n = (latent >> level) ** 2
-        one = 2 * batch * n * n * itemsize
-        if depth:
-            largest = max(largest, 2 * heads * one)
-        if level:
-            kept += depth * one
-    return largest + kept

@@ -18,11 +18,13 @@ LAYERS = (
     (256, 8, 160, 77), (64, 8, 160, 77), (1024, 8, 160, 77), (576, 20, 64, 77), (144, 20, 64, 77),
     (1024, 20, 64, 77), (256, 2, 32, 16), (64, 2, 64, 16),
 )  # fmt: skip
+# n, heads, d, t of joint attention: SD3.5-M and the embedded transformer, rows of Qwen-Image.
+JOINT = ((4096, 24, 64, 333), (256, 4, 48, 24), (1024, 24, 128, 512))
 LARGE = ((16384, 8, 40, 77), (9216, 5, 64, 77))
 
 
-def _meta(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _meta(*size, dtype=torch.float32):
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 def _attention(dtype):
@@ -33,6 +35,10 @@ def _attention(dtype):
             yield csrc_triton.attention_apply, (pixels, pixels, _meta(2, n, t), heads)
         else:
             yield csrc_triton.attention_maps, (pixels, pixels, pixels, tokens, heads)
+    for n, heads, d, t in JOINT:
+        q, k = (_meta(2, m, heads * d, dtype=dtype) for m in (n, t + n))
+        for joint in ("renormalise", "raw"):
+            yield csrc_triton.joint_maps, (q, k, t, heads, None, joint)
 
 
 def _evidence():
@@ -45,11 +51,11 @@ def _evidence():
 
 
 def _guidance(dtype):
-    for shape in cases.SHAPES.values():
-        eps = _meta(2, *shape.latent, dtype=dtype)
-        t, factor, (h, w) = shape.tokens, shape.reduction, shape.grid(shape.reduction)
-        levels = [_meta(2, a * b, t + 1) for a, b in (shape.grid(r[0]) for r in shape.levels)]
-        factors = [level[0] // factor for level in shape.levels]
+    for size in cases.SIZES.values():
+        eps = _meta(2, *size.latent, dtype=dtype)
+        t, factor, (h, w) = size.tokens, size.reduction, size.grid(size.reduction)
+        levels = [_meta(2, a * b, t + 1) for a, b in (size.grid(r[0]) for r in size.levels)]
+        factors = [level[0] // factor for level in size.levels]
         labels = _meta(2, h, w, dtype=torch.int64)
         foreground, scales, weights = labels.to(torch.bool), _meta(2), _meta(2, t)
         sums = _meta(2, csrc_triton.partials(eps[0, 0].numel()), t + 1, 2)

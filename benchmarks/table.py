@@ -1,4 +1,4 @@
-"""Write the README's performance section from the records in benchmarks/results.
+"""Write the tables of the documentation from the records in benchmarks/results.
 
     python -m benchmarks.table
 
@@ -6,30 +6,67 @@ Every number stands under the machine and the date it was measured on. Of a poin
 one machine the last is shown; a point that failed says so.
 """
 
+import csv
 from pathlib import Path
 
 from benchmarks import records
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
+ROOT = Path(__file__).parents[1]
+OBJECTS = ROOT / "benchmarks" / "results" / "objects.csv"
 NO_GPU = "No figure from a GPU yet."
 NOTHING = "No figure yet."
 
 
-def section(text):
-    """What stands between the markers.
+def markers(name):
+    """What stands before and behind a table."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def section(text, name):
+    """What stands between the markers of a table.
 
     Raises:
         ValueError: A marker is missing.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must have {BEGIN} and {END} once each")
-    return text.split(BEGIN)[1].split(END)[0]
+    begin, end = markers(name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page must have {begin} and {end} once each")
+    return text.split(begin)[1].split(end)[0]
 
 
-def replaced(text, new):
-    """The text with another section between its markers."""
-    return text.replace(BEGIN + section(text) + END, f"{BEGIN}\n{new}\n{END}")
+def replaced(text, name, new):
+    """The text with another table between its markers."""
+    begin, end = markers(name)
+    return text.replace(begin + section(text, name) + end, f"{begin}\n{new}\n{end}")
+
+
+def performance():
+    """Time and memory of steps and operations, in Markdown."""
+    return render(records.load())
+
+
+def objects():
+    """Objects found by each method on emoji scenes, in Markdown."""
+    head = ["scale", "method", "mean scale", "strength", "objects", "captions"]
+    head += ["minus CFG", "minus CFG, same strength"]
+    with OBJECTS.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for row in rows:
+        start = [row["scale"], row["method"].replace(" of S-CFG", "")]
+        start += [f"{float(row[key]):.1f}" for key in ("mean_scale", "strength")]
+        start += [f"{float(row[key]):.1%}" for key in ("found", "all")]
+        lines.append([*start, *(_difference(row, other) for other in ("cfg", "strength"))])
+    return _grid(head, lines)
+
+
+def _difference(row, other):
+    """A difference in points, with its interval; nothing where it is of a method from itself."""
+    value, low, high = (
+        100 * float(row[f"objects_{key}"])
+        for key in (f"minus_{other}", f"{other}_low", f"{other}_high")
+    )
+    return "" if value == low == high == 0 else f"{value:+.1f} ({low:.1f} to {high:.1f})"
 
 
 def render(rows):
@@ -66,12 +103,12 @@ def _where(rows):
 def _latest(rows, keys):
     """Rows by key, a later one in place of an earlier; by size and batch within a model."""
     found = {tuple(row.get(key) for key in keys): row for row in rows}
-    models = list(dict.fromkeys(row.get("model", row.get("shape")) for row in rows))
+    models = list(dict.fromkeys(row.get("model", row.get("size")) for row in rows))
     rank = {name: place for place, name in enumerate(models)}
 
     def place(row):
         size = row.get("pixels", 0), row["batch"]
-        return rank[row.get("model", row.get("shape"))], *size
+        return rank[row.get("model", row.get("size"))], *size
 
     return sorted(found.values(), key=place)
 
@@ -117,9 +154,9 @@ def _steps(rows):
 def _kernels(rows):
     head = ["op", "model", "images", "backend", "µs", "GB/s", "of copy", "bytes µs", "work µs"]
     lines = []
-    rows = _latest(rows, ("op", "shape", "batch", "dtype", "backend"))
+    rows = _latest(rows, ("op", "size", "batch", "dtype", "backend"))
     for row in rows:
-        start = [row["op"], row["shape"], str(row["batch"]), f"{row['backend']} {row['dtype']}"]
+        start = [row["op"], row["size"], str(row["batch"]), f"{row['backend']} {row['dtype']}"]
         if "failed" in row:
             lines.append([*start, row["failed"], "", "", "", ""])
             continue
@@ -134,9 +171,14 @@ def _kernels(rows):
     return f"{text}\nMeasured on {_where(rows)}.\n\n{_grid(head, lines)}"
 
 
+TABLES = {"performance": ("docs/cost.md", performance), "objects": ("docs/evidence.md", objects)}
+
+
 def main():
-    """Rewrite the section of the README."""
-    README.write_text(replaced(README.read_text(), render(records.load())))
+    """Rewrite the tables."""
+    for name, (page, make) in TABLES.items():
+        path = ROOT / page
+        path.write_text(replaced(path.read_text(), name, make()))
 
 
 if __name__ == "__main__":

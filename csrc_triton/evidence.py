@@ -180,12 +180,12 @@ def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, mo
     tl.store(out_ptr + row_at + t, total_rest, mask=rows < n)
 
 
-def _schedule(propagation: str, steps: int) -> tuple[int, float, float]:
+def _schedule(propagation: str, powers: int) -> tuple[int, float, float]:
     """Powers P, gain and scale with scale * S(C + gain S(C + ... + gain S C)), S applied P times.
 
     (S + 3 S^2) C / 4 is S(C + 3 S C) / 4; without propagation P is 0 and C remains.
     """
-    schedules = {"paper": (steps, 1.0, 1.0 / steps), "official": (2, 3.0, 0.25)}
+    schedules = {"paper": (powers, 1.0, 1.0 / powers), "official": (2, 3.0, 0.25)}
     return schedules.get(propagation, (0, 1.0, 1.0))
 
 
@@ -236,7 +236,7 @@ def _large(self_map, columns, weights, powers, gain, scale):
 
 
 def propagate(
-    self_map: Tensor | None, columns: Tensor, propagation: str = "paper", steps: int = 4
+    self_map: Tensor | None, columns: Tensor, propagation: str = "paper", powers: int = 4
 ) -> Tensor:
     """Complete token maps through self-attention.
 
@@ -248,7 +248,7 @@ def propagate(
         TypeError: An input is float64.
     """
     check_inputs("propagate", self_map, columns)
-    powers, gain, scale = _schedule(propagation, steps)
+    powers, gain, scale = _schedule(propagation, powers)
     if powers == 0 or columns.shape[1] <= SMALL_N:
         return _small(self_map, columns, None, None, powers, gain, scale)
     return _large(self_map, columns, None, powers, gain, scale)[0]
@@ -260,7 +260,7 @@ def complete(
     weights: Tensor,
     total: Tensor | None = None,
     propagation: str = "paper",
-    steps: int = 4,
+    powers: int = 4,
 ) -> Tensor:
     """Fold layers into the evidence of their level: propagate, renormalise over space, add.
 
@@ -273,7 +273,7 @@ def complete(
         TypeError: An input is float64.
     """
     check_inputs("complete", self_map, cross_map, weights, total)
-    powers, gain, scale = _schedule(propagation, steps)
+    powers, gain, scale = _schedule(propagation, powers)
     b, n, t = cross_map.shape[-3:]
     if powers == 0 or n <= SMALL_N:
         return _small(self_map, cross_map, weights, total, powers, gain, scale)

@@ -194,7 +194,7 @@ def region_sums(
     eps_text: Tensor,
     labels: Tensor,
     foreground: Tensor,
-    tokens: int,
+    token_count: int,
     factor: int,
 ) -> Tensor:
     """Sum of the guidance norm and number of pixels of every region.
@@ -212,11 +212,11 @@ def region_sums(
     b, c, height, width = eps_text.shape
     h, w = labels.shape[1:]
     parts = partials(height * width)
-    sums = eps_text.new_empty((b, parts, tokens + 1, 2), dtype=torch.float32)
+    sums = eps_text.new_empty((b, parts, token_count + 1, 2), dtype=torch.float32)
     with on_device_of(sums):
         _region_sums_kernel[(b, parts)](
-            eps_uncond, eps_text, labels, foreground, sums, tokens, c, h, w, height, width,
-            **_sums_blocks(tokens, factor), **OPTIONS)  # fmt: skip
+            eps_uncond, eps_text, labels, foreground, sums, token_count, c, h, w, height, width,
+            **_sums_blocks(token_count, factor), **OPTIONS)  # fmt: skip
     return sums
 
 

@@ -90,8 +90,8 @@ def _blocks(c: int, t: int, w: int, factor: int, factors: list[int]) -> dict:
 def guide_evidence(
     eps_uncond: Tensor,
     eps_text: Tensor,
-    tokens: list[Tensor],
-    start: list[Tensor],
+    text: list[Tensor],
+    front: list[Tensor],
     h: int,
     w: int,
     factors: list[int],
@@ -113,12 +113,12 @@ def guide_evidence(
         TypeError: An input is float64.
     """
     scales = guidance_scale if isinstance(guidance_scale, Tensor) else None
-    check_inputs("guide_evidence", eps_uncond, eps_text, *tokens, *start, scales, token_weights)
+    check_inputs("guide_evidence", eps_uncond, eps_text, *text, *front, scales, token_weights)
     b, c, height, width = eps_text.shape
-    t = tokens[0].shape[2] - 1
+    t = text[0].shape[2] - 1
     limits = dict(rate_min=rate_min, rate_max=rate_max, max_scale=max_scale)
     if h * w > PATCHES or c * height * width > VALUES:
-        labels, foreground, flat = regions.segment(tokens, start, h, w, factors)
+        labels, foreground, flat = regions.segment(text, front, h, w, factors)
         sums = guidance.region_sums(eps_uncond, eps_text, labels, foreground, t, factor)
         eps, rate = guidance.guide(
             eps_uncond, eps_text, labels, sums, guidance_scale, factor, benchmark,
@@ -132,9 +132,9 @@ def guide_evidence(
     patch_rates = eps_text.new_empty((b, h, w), dtype=torch.float32)
     with on_device_of(eps):
         _guide_evidence_kernel[(b,)](
-            eps_uncond, eps_text, tuple(tokens), tuple(start),
+            eps_uncond, eps_text, tuple(text), tuple(front),
             guidance_scale if scales is None else 1.0, scales, token_weights, eps, rate, labels,
-            foreground, flat, patch_rates, t=t, u=start[0].shape[2] - 1, c=c, h=h, w=w,
+            foreground, flat, patch_rates, t=t, u=front[0].shape[2] - 1, c=c, h=h, w=w,
             height=height, width=width, FOREGROUND=benchmark == "foreground", **limits,
             **_blocks(c, t, w, factor, factors), **OPTIONS, num_stages=2)  # fmt: skip
     return eps, rate, labels, foreground, flat

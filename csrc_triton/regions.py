@@ -166,7 +166,7 @@ def _blocks(w: int, factors: list[int]) -> dict:
 
 
 def segment(
-    tokens: list[Tensor], start: list[Tensor], h: int, w: int, factors: list[int]
+    text: list[Tensor], front: list[Tensor], h: int, w: int, factors: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give each patch to the token with the largest evidence, and mark the foreground.
 
@@ -177,15 +177,15 @@ def segment(
         RuntimeError: An input requires grad.
         TypeError: An input is float64.
     """
-    check_inputs("segment", *tokens, *start)
-    b, _, columns = tokens[0].shape
-    labels = tokens[0].new_empty((b, h, w), dtype=torch.int64)
-    foreground = tokens[0].new_empty((b, h, w), dtype=torch.bool)
-    flat = tokens[0].new_empty((b,), dtype=torch.bool)
+    check_inputs("segment", *text, *front)
+    b, _, columns = text[0].shape
+    labels = text[0].new_empty((b, h, w), dtype=torch.int64)
+    foreground = text[0].new_empty((b, h, w), dtype=torch.bool)
+    flat = text[0].new_empty((b,), dtype=torch.bool)
     blocks = _blocks(w, factors)
     grid = (b, triton.cdiv(h, blocks["ROWS"]), triton.cdiv(w, blocks["COLS"]))
     with on_device_of(labels):
         _segment_kernel[grid](
-            tuple(tokens), tuple(start), labels, foreground, flat, columns - 1,
-            start[0].shape[2] - 1, h, w, **blocks, **OPTIONS, num_stages=2)  # fmt: skip
+            tuple(text), tuple(front), labels, foreground, flat, columns - 1,
+            front[0].shape[2] - 1, h, w, **blocks, **OPTIONS, num_stages=2)  # fmt: skip
     return labels, foreground, flat

@@ -1,72 +1,21 @@
 """The command line: ``scfg generate PROMPT`` and ``scfg evaluate``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from scfg.backends import BACKENDS
-from scfg.config import PROPAGATIONS, SCFGConfig
+from scfg.config import SCFGConfig
 from scfg.drawing.generate import METHODS, SAMPLERS, Generated, Request, draw
-from scfg.models.embedded import load_model
+from scfg.models.embedded import WEIGHTS, load_model
 from scfg.models.files import write_text, write_whole
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options, each with its help text."""
-    parser = argparse.ArgumentParser(prog="scfg", description="Semantic-aware CFG for diffusion.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "generate",
-        help="draw a prompt with plain CFG and with S-CFG, and show what S-CFG did",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = command.add_argument
-    add("prompt", help='for example "a penguin and a guitar on a blue background"')
-    add("--out", type=Path, default=Path("out.png"), help="the PNG to write")
-    add("--seed", type=int, default=0, help="of the first image; image k has seed + k")
-    add("--count", type=_positive, default=1, help="number of images, one row each")
-    add("--steps", type=int, default=50, help="denoising steps")
-    add("--guidance-scale", type=float, help="1 is none; default: 2.5, with --model 7.5")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="how to denoise")
-    add("--method", choices=(*METHODS, "both"), default="both", help="guidance to draw with")
-    add("--propagation", choices=PROPAGATIONS, default="paper", help="completion of word maps")
-    add("--backend", choices=BACKENDS, default="auto", help="auto: triton on a GPU, else torch")
-    add("--token-weight", type=_phrase_weight, action="append", metavar="PHRASE=FACTOR", help=(
-        "multiply the rate of a phrase's region, as 'blue square=1.5'; may be repeated"
-    ))  # fmt: skip
-    add("--start", type=float, default=0.0, help="fraction of the steps before S-CFG acts")
-    add("--stop", type=float, default=1.0, help="fraction of the steps until which it acts")
-    add("--every", type=_positive, default=1, help="find regions on every so many steps only")
-    add("--trace", type=Path, metavar="DIR", help="also one PNG per image of several steps there")
-    add("--html", type=Path, metavar="FILE", help="also one interactive page")
-    add("--model", type=Path, metavar="PATH", help="a folder or .safetensors file for diffusers")
-    add("--quiet", action="store_true", help="print nothing but errors")
-    command = commands.add_parser(
-        "evaluate", help="measure on the embedded model what S-CFG does, and write a report"
-    )
-    add = command.add_argument
-    add("--report", type=Path, required=True, metavar="DIR", help=(
-        "write report.html, figures and CSV there; what is done stays in DIR/units, so that the "
-        "same command goes on where it was cut off"
-    ))  # fmt: skip
-    add("--reduced", action="store_true", help="minutes instead of hours: fewer points and samples")
-    add("--samples", type=int, help=(
-        "images per point; default: 96 with --reduced, else 10,000 on a GPU and 1000 without"
-    ))  # fmt: skip
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU per process")
-    add("--threads", type=int, default=1, help=(
-        "CPU threads of each process; results have the same bits for any number of processes, but "
-        "not for any number of threads"
-    ))  # fmt: skip
-    add("--weights", type=Path, metavar="FILE", help="of the model; default: those shipped")
-    add("--quiet", action="store_true", help="print nothing but errors")
-    return parser
+from scfg.options import build_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those after the program's name; None: those of the process.
 
     Returns:
-        The exit status: 0, or 2 after an error, which is printed.
+        The exit status: 0; 2 after an error, which is printed; 130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     try:
@@ -85,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"scfg {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        done = f"; wrote {' '.join(map(str, stop.args))}" if stop.args else ""
+        print(f"scfg {options.command}: interrupted{done}", file=sys.stderr)
+        return 130
     if not options.quiet:
         print("wrote", *written)
     return 0
@@ -97,6 +50,7 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
         ValueError: An option is out of range or a word of the prompt is not known.
         RuntimeError: An optional package is missing, or the backend cannot run.
         OSError: A file cannot be written.
+        KeyboardInterrupt: With the paths of what was written of the images that were complete.
     """
     try:
         from tqdm import tqdm
@@ -109,41 +63,92 @@ def run_generate(options: argparse.Namespace) -> list[Path]:
         ) from error
     if options.guidance_scale is None:
         options.guidance_scale = 2.5 if options.model is None else 7.5
-    source, config = load(options)
-    for folder in (options.out.parent, options.trace, options.html and options.html.parent):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+    _check_outputs(options)
+    with _silence(options):
+        source, config = load(options)
+    for folder in _folders(options):
+        folder.mkdir(parents=True, exist_ok=True)
 
     methods = tuple(METHODS) if options.method == "both" else (options.method,)
     total = options.count * len(methods) * options.steps
     threads = nullcontext() if options.model else one_thread()
-    with tqdm(total=total, disable=options.quiet or None, unit="step") as bar, threads:
-        images = [
-            {method: source(_request(options, config, method, k), bar.update) for method in methods}
-            for k in range(options.count)
-        ]
+    images, interrupted = [], False
+    bar = tqdm(total=total, disable=options.quiet or None, unit="step")
+    with bar, threads, _silence(options):
+        try:
+            for k in range(options.count):
+                requests = {method: _request(options, config, method, k) for method in methods}
+                images.append({name: source(asked, bar.update) for name, asked in requests.items()})
+        except KeyboardInterrupt:
+            if not images:
+                raise
+            interrupted = True
 
-    sampler = SAMPLERS[options.sampler]
-    how = f"{options.steps} {sampler} steps \u00b7 guidance scale {options.guidance_scale:g}"
-    _save(panel(images, shown_step(options.steps), how), options.out)
+    how, step = settings(options), shown_step(options.steps)
+    _save(panel(images, step, how), options.out)
     written = [options.out]
     for image in images if options.trace else []:
         result = image[methods[-1]]
         written.append(options.trace / f"seed{result.seeds[0]}.png")
         _save(strip(result, how), written[-1])
     if options.html:
-        write_text(options.html, page(images, how))
+        write_text(options.html, page(images, how, step))
         written.append(options.html)
+    if interrupted:
+        raise KeyboardInterrupt(*written)
     return written
+
+
+def settings(options: argparse.Namespace) -> str:
+    """How images were made, on a line: every option that changes them and is not the default."""
+    parts = [f"{options.steps} {SAMPLERS[options.sampler]} steps"]
+    parts.append(f"guidance scale {options.guidance_scale:g}")
+    parts += [f"{phrase} x {factor:g}" for phrase, factor in options.token_weight or ()]
+    if (options.start, options.stop) != (0, 1):
+        parts.append(f"S-CFG from {options.start:g} to {options.stop:g} of the steps")
+    if options.every > 1:
+        parts.append(f"regions every {options.every} steps")
+    if options.propagation != "paper":
+        parts.append(f"propagation {options.propagation}")
+    return " \u00b7 ".join(parts)
+
+
+def _silence(options: argparse.Namespace) -> AbstractContextManager:
+    """Keeps the packages that draw a checkpoint quiet too, where that is asked for."""
+    if not options.quiet or options.model is None:
+        return nullcontext()
+    from scfg.adapters.checkpoints import silence
+
+    return silence()
+
+
+def _folders(options: argparse.Namespace) -> list[Path]:
+    """Folders that files are written to."""
+    folders = (options.out.parent, options.trace, options.html and options.html.parent)
+    return [folder for folder in folders if folder is not None]
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded or drawn, what could not be written afterwards."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(options.out.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"--out must end in .png, got {options.out}")
+    for name, path in (("out", options.out), ("html", options.html)):
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{name} must be a file, got the folder {path}")
+    for folder in _folders(options):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise OSError(f"cannot write to {folder}: {there} is no folder that can be written to")
 
 
 def _save(image, path: Path) -> None:
     """Write a picture whole, in the format that its name asks for."""
     from PIL import Image
 
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"--out must end in .png, got {path}")
+    kind = Image.registered_extensions()[path.suffix.lower()]
     write_whole(path, partial(image.save, format=kind))
 
 
@@ -174,13 +179,21 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
         ValueError: A word of the prompt is not known, or the checkpoint cannot be used.
         RuntimeError: A package for checkpoints is missing.
     """
+    if options.model_config is not None and options.model is None:
+        raise ValueError("--model-config is of a --model, got none")
+    if options.model is not None and options.weights is not None:
+        raise ValueError("--model and --weights are two models: give one of them")
     if options.model is not None:
         from scfg.adapters import checkpoints
         from scfg.adapters.generate import draw as draw_with
 
-        source, config = partial(draw_with, checkpoints.load(options.model)), SCFGConfig()
+        pipe = checkpoints.load(options.model, config=options.model_config)
+        source, config = partial(draw_with, pipe), SCFGConfig()
     else:
-        model = load_model(device="cuda" if torch.cuda.is_available() else "cpu")
+        if not options.prompt.strip():
+            raise ValueError("prompt must have a word, got none")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(WEIGHTS if options.weights is None else options.weights, device)
         model.tokenizer.tokens(options.prompt)
         source, config = partial(draw, model), model.config
     return source, replace(config, propagation=options.propagation)
@@ -226,24 +239,6 @@ def _request(options: argparse.Namespace, config: SCFGConfig, method: str, k: in
         stop=options.stop,
         every=options.every,
     )
-
-
-def _phrase_weight(text: str) -> tuple[str, float]:
-    phrase, _, factor = text.rpartition("=")
-    try:
-        weight = float(factor)
-    except ValueError:
-        weight = 0.0
-    if not phrase or not 0 < weight < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be PHRASE=FACTOR, FACTOR > 0, got {text!r}")
-    return phrase, weight
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

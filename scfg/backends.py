@@ -13,6 +13,12 @@ from scfg import reference
 BACKENDS = ("auto", "torch", "triton")
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless backend is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether the package triton is installed."""
@@ -65,8 +71,7 @@ def run(name: str, backend: str, **arguments):
         ValueError: An unknown backend, or tensors on several devices.
         RuntimeError: The backend cannot run here, or a gradient is asked of one that has none.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    check_backend(backend)
     values = [x for value in arguments.values() for x in _listed(value)]
     tensors = [x for x in values if isinstance(x, Tensor)]
     device = tensors[0].device
@@ -186,11 +191,11 @@ def _fake_apply(q, k, columns, heads):
     return columns.new_empty(columns.shape, dtype=_wide(columns))
 
 
-def _fake_region_sums(eps_uncond, eps_text, labels, foreground, tokens, factor):
+def _fake_region_sums(eps_uncond, eps_text, labels, foreground, token_count, factor):
     b, _, height, width = eps_text.shape
     on_gpu = eps_text.is_cuda and supported(eps_text.device)
     parts = kernel("partials")(height * width) if on_gpu else 1
-    return eps_text.new_empty((b, parts, tokens + 1, 2), dtype=_wide(eps_text))
+    return eps_text.new_empty((b, parts, token_count + 1, 2), dtype=_wide(eps_text))
 
 
 def _fake_guide(eps_uncond, eps_text, *args, **kwargs):
@@ -199,7 +204,7 @@ def _fake_guide(eps_uncond, eps_text, *args, **kwargs):
     return eps_text.new_empty(eps_text.shape), rate
 
 
-def _fake_guide_evidence(eps_uncond, eps_text, tokens, start, h, w, *args, **kwargs):
+def _fake_guide_evidence(eps_uncond, eps_text, text, front, h, w, *args, **kwargs):
     b = eps_text.shape[0]
     labels = eps_text.new_empty((b, h, w), dtype=torch.int64)
     foreground, flat = labels.to(torch.bool), labels.new_empty((b,), dtype=torch.bool)
@@ -210,6 +215,7 @@ for _name in (
     "attention_map",
     "attention_maps",
     "stacked_maps",
+    "joint_maps",
     "propagate",
     "complete",
     "segment",

@@ -121,3 +121,9 @@ class SCFGConfig:
         """Reductions of the levels used, finest first: map_reduction, twice that, ..."""
         levels = (self.coarsest_reduction // self.map_reduction).bit_length()
         return tuple(self.map_reduction << level for level in range(levels))
+
+
+def check_config(config: SCFGConfig) -> None:
+    """Raise TypeError unless config is a `SCFGConfig`."""
+    if not isinstance(config, SCFGConfig):
+        raise TypeError(f"config must be a scfg.SCFGConfig, got {config!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scfg import ops, reference
+from scfg import checks, ops, reference
 from scfg.config import SCFGConfig
 from scfg.patches import Patches
 
@@ -149,7 +149,7 @@ def fold(
         weights=weights,
         total=layers.pop() if layers and limit is None else None,
         propagation="none" if self_map is None else config.propagation,
-        steps=config.propagation_steps,
+        powers=config.propagation_steps,
     )
     layers.append(completed)
     if limit is not None:
@@ -170,9 +170,9 @@ def fold_maps(
     complete = functools.partial(ops.complete, backend=backend)
     powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
     for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
-        ops.check_map(cross_map, f"cross_maps[{layer}]", 2 * b)
+        checks.attention_map(cross_map, f"cross_maps[{layer}]", 2 * b)
         n, t = cross_map.shape[1:]
-        ops.check_map(self_map, f"self_maps[{layer}]", 2 * b, n, n)
+        checks.attention_map(self_map, f"self_maps[{layer}]", 2 * b, n, n)
         if t != cross_maps[0].shape[2]:
             raise ValueError(
                 f"cross_maps[{layer}] must have {cross_maps[0].shape[2]} tokens, got {t}"

@@ -7,8 +7,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from scfg import ops
-from scfg.config import SCFGConfig
+from scfg import checks, ops
+from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence, fold_maps, map_grid
 from scfg.regions import Regions, evidence_levels, find_regions, unet_benchmark
 
@@ -101,7 +101,7 @@ def _row_weights(token_weights: Tensor | None, eps: Tensor, tokens: int) -> Tens
     """Weights (t,) or (b, t) as (b, t) float32 on the device of eps."""
     if token_weights is None:
         return None
-    ops.check_weights(token_weights)
+    checks.weights(token_weights)
     b = len(eps)
     if token_weights.shape not in ((tokens,), (b, tokens)):
         raise ValueError(
@@ -154,7 +154,7 @@ def guide_regions(
         eps_text,
         labels,
         foreground,
-        tokens=regions.tokens,
+        token_count=regions.tokens,
         factor=factor,
         backend=backend,
     )
@@ -207,18 +207,13 @@ def guide_evidence(
         return guide_regions(
             eps_uncond, eps_text, regions, guidance_scale, config, backend, token_weights
         )
-    tokens, start, h, w, factors = evidence_levels(uncond, text, config)
     benchmark, rule = unet_benchmark(config)
     token_weights = _row_weights(token_weights, eps_text, text.tokens)
     found = ops.guide_evidence(
         eps_uncond,
         eps_text,
-        tokens,
-        start,
-        h,
-        w,
-        factors,
-        as_scale(guidance_scale, eps_text),
+        **evidence_levels(uncond=uncond, text=text, config=config),
+        guidance_scale=as_scale(guidance_scale, eps_text),
         factor=config.map_reduction,
         benchmark=benchmark,
         rate_min=config.rate_min,
@@ -286,16 +281,17 @@ def semantic_cfg(
 
     Raises:
         ValueError: Wrong shape, NaN or infinity, a scale <= 0, or no layer at a chosen resolution.
-        TypeError: Not floating point tensors.
+        TypeError: Not floating point tensors, or config is no SCFGConfig.
 
     Source: Shen et al., CVPR 2024, arXiv 2404.05384; see `SCFGConfig` for where the code differs.
     """
+    check_config(config)
     if len(self_maps) != len(cross_maps) or not self_maps:
         raise ValueError(
             "self_maps and cross_maps must have one entry per layer, at least one, "
             f"got {len(self_maps)} and {len(cross_maps)}"
         )
-    ops.check_predictions(eps_uncond, eps_text)
+    checks.predictions(eps_uncond, eps_text)
     b = eps_text.shape[0]
     both = fold_maps(eps_text, self_maps, cross_maps, config, backend)
     return guide_evidence(

@@ -32,8 +32,8 @@ class Regions:
     rule: str = ""
 
 
-def evidence_levels(uncond: Evidence | None, text: Evidence, config: SCFGConfig) -> tuple:
-    """tokens, start, h, w and factors of `scfg.reference.segment`."""
+def evidence_levels(*, uncond: Evidence | None, text: Evidence, config: SCFGConfig) -> dict:
+    """text, front, h, w and factors of `scfg.reference.segment`."""
     if uncond is None:
         raise RuntimeError("a U-Net's unconditional branch must be recorded too, got None")
     for name, branch in (("uncond", uncond), ("text", text)):
@@ -44,11 +44,11 @@ def evidence_levels(uncond: Evidence | None, text: Evidence, config: SCFGConfig)
             f"both branches must be recorded alike, got levels {uncond.reductions} of size "
             f"{uncond.size} (unconditional) and {text.reductions} of size {text.size} (text)"
         )
-    tokens = [text.total(r) for r in text.reductions]
-    start = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else tokens
+    levels = [text.total(r) for r in text.reductions]
+    front = [uncond.total(r) for r in text.reductions] if config.foreground == "uncond" else levels
     factors = [r // config.map_reduction for r in text.reductions]
     h, w = map_grid(text.size, config.map_reduction)
-    return tokens, start, h, w, factors
+    return dict(text=levels, front=front, h=h, w=w, factors=factors)
 
 
 def find_regions(
@@ -73,8 +73,8 @@ def find_regions(
     """
     if text.patches is not None:
         return _patch_regions(uncond, text, config, backend)
-    tokens, start, h, w, factors = evidence_levels(uncond, text, config)
-    labels, foreground, flat = ops.segment(tokens, start, h, w, factors, backend)
+    levels = evidence_levels(uncond=uncond, text=text, config=config)
+    labels, foreground, flat = ops.segment(**levels, backend=backend)
     return Regions(labels, foreground, text.tokens, flat, *unet_benchmark(config))
 
 

@@ -11,19 +11,23 @@ import torch
 from PIL import Image
 from tiny import generate, tiny_model
 
+import scfg
 from scfg import __main__ as cli
+from scfg.__main__ import settings
 from scfg.drawing.generate import Request, draw
 from scfg.drawing.panel import GAP, MARGIN, SIDE, panel
 from scfg.drawing.picture import (
     CELL,
     NO_WORD,
     draw_regions,
+    owned_phrases,
     phrase_colours,
     phrases,
     rate_range,
     viridis,
 )
 from scfg.models.embedded import WEIGHTS
+from scfg.options import build_parser
 
 PROMPT = "a striped red circle on a green background"
 
@@ -36,7 +40,7 @@ def model():
 @pytest.fixture
 def run(model, monkeypatch, tmp_path):
     """Run `scfg generate` in an empty folder, for three steps."""
-    monkeypatch.setattr(cli, "load_model", lambda device: model)
+    monkeypatch.setattr(cli, "load_model", lambda path, device: model)
     monkeypatch.chdir(tmp_path)
 
     def run(*options, prompt=PROMPT):
@@ -51,9 +55,9 @@ def bytes_of(image):
 
 
 def cells(path, rows, columns):
-    """Cells of a panel with a one-line title, by row and column."""
+    """Cells of a panel with a title of one line and notes of two, by row and column."""
     picture = np.array(Image.open(path))
-    top = MARGIN + 40 + 80
+    top = MARGIN + 40 + 54 + 2 * 26
     return [
         [picture[y : y + CELL, x : x + CELL] for x in range(MARGIN + SIDE, 9999, CELL + GAP)][
             :columns
@@ -179,9 +183,113 @@ def test_what_argparse_refuses_has_exit_status_2(run, capsys, options):
     assert options[0] in capsys.readouterr().err
 
 
-def test_an_empty_prompt_is_drawn_without_words(run):
-    assert run(prompt="") == 0
-    assert Image.open("out.png").size[1] > CELL
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_an_empty_prompt_is_refused(run, capsys, prompt):
+    assert run(prompt=prompt) == 2
+    assert "prompt must have a word" in capsys.readouterr().err
+
+
+def test_punctuation_after_a_word_is_left_out(run):
+    assert run("--out", "one.png", "--method", "scfg") == 0
+    with_stops = PROMPT.replace("circle", "circle,") + "."
+    assert run("--out", "two.png", "--method", "scfg", prompt=with_stops) == 0
+    assert np.array_equal(cells("one.png", 1, 1)[0][0], cells("two.png", 1, 1)[0][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "noext"], "--out must end in .png, got noext"),
+        (["--out", "a.docx"], "--out must end in .png, got a.docx"),
+        (["--out", "folder.png"], "--out must be a file, got the folder folder.png"),
+        (["--html", "folder.png"], "--html must be a file, got the folder"),
+        (["--out", "file/deep/a.png"], "cannot write to file/deep"),
+        (["--trace", "file/deep"], "cannot write to file/deep"),
+        (["--model-config", "there"], "--model-config is of a --model"),
+    ],
+)
+def test_what_could_not_be_written_is_refused_before_anything_is_loaded_or_drawn(
+    run, monkeypatch, capsys, options, message
+):
+    Path("file").write_text("no folder")
+    Path("folder.png").mkdir()
+    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("loaded"))
+    assert run(*options) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize(("complete", "said"), [(0, "interrupted\n"), (2, "; wrote out.png t/")])
+def test_an_interrupt_keeps_the_images_that_are_complete(run, monkeypatch, capsys, complete, said):
+    drawn = []
+
+    def interrupted(model, request, after_step):
+        if len(drawn) == 2 * complete + 1:  # within an image of two methods
+            raise KeyboardInterrupt
+        drawn.append(request)
+        return draw(model, request, after_step)
+
+    monkeypatch.setattr(cli, "draw", interrupted)
+    assert run("--count", "5", "--trace", "t") == 130
+    assert said in capsys.readouterr().err
+    assert Path("out.png").exists() == (complete > 0)
+    assert len(list(Path("t").iterdir())) == complete
+    if complete:
+        monkeypatch.setattr(cli, "draw", draw)
+        assert run("--count", "2", "--out", "whole.png") == 0
+        assert Path("out.png").read_bytes() == Path("whole.png").read_bytes()
+
+
+def test_what_changes_a_picture_and_is_no_default_stands_under_its_title():
+    def line(*options):
+        options = build_parser().parse_args(["generate", PROMPT, "--guidance-scale", "3", *options])
+        return settings(options)
+
+    assert line() == "50 DDIM steps \u00b7 guidance scale 3"
+    given = ("--token-weight", "red circle=1.5", "--stop", "0.8", "--every", "2")
+    assert line(*given, "--propagation", "none").split(" \u00b7 ")[2:] == [
+        "red circle x 1.5",
+        "S-CFG from 0 to 0.8 of the steps",
+        "regions every 2 steps",
+        "propagation none",
+    ]
+
+
+def test_the_page_opens_at_the_step_of_the_panel(run):
+    assert run("--html", "a.html") == 0
+    assert f'"step":{cli.shown_step(3)},' in Path("a.html").read_text()
+
+
+def test_the_version_is_that_of_what_runs(monkeypatch, tmp_path, capsys):
+    class Installed:
+        version = "9.9"
+
+        def __init__(self, folder):
+            self.folder = folder
+
+        def locate_file(self, name):
+            return self.folder / name
+
+    root = Path(cli.__file__).parents[1]
+    for folder, expected in ((root, "9.9"), (tmp_path, f"{scfg.__version__} (in {root}")):
+        monkeypatch.setattr("importlib.metadata.distribution", lambda name, f=folder: Installed(f))
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["--version"])
+        assert stopped.value.code == 0
+        assert capsys.readouterr().out.startswith(f"scfg {expected}")
+
+
+def test_the_version_is_one():
+    project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{scfg.__version__}"\n' in project
+
+
+def test_help_names_the_words_and_no_default_of_none(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    text = capsys.readouterr().out
+    assert "penguin" in text and "(default: 50)" in text
+    assert "default: None" not in text and "default: False" not in text
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not there")
@@ -206,8 +314,8 @@ def test_the_module_reports_errors_to_the_shell(tmp_path):
 def test_regions_have_the_colour_of_their_phrase_and_markers_none():
     words = (None, "red", "circle", "on", None, "sky")
     labels = torch.tensor([[0, 1, 1, 2], [3, 2, 2, 2]])
-    colours = phrase_colours(words, [labels])
-    assert set(colours) == {"red circle"}  # "sky" owns nothing, "on" is small
+    assert owned_phrases(words, [labels]) == {"red circle"}  # "sky" owns nothing, "on" is small
+    colours = phrase_colours(words)
     cell = np.array(draw_regions(torch.zeros(3, 64, 64), labels, words, colours)).astype(int)
     size = (CELL // 2, CELL // 4)
     for (row, column), label in np.ndenumerate(labels.numpy()):
@@ -220,11 +328,12 @@ def test_regions_have_the_colour_of_their_phrase_and_markers_none():
 
 def test_a_phrase_that_names_a_colour_has_it_once_and_no_two_share_one():
     words = (None, "a", "red", "circle", "and", "red", "owl", "on", "blue", "ground", None)
-    labels = [torch.arange(11)[:9].view(3, 3), torch.tensor([[6, 6], [9, 0]])]
-    colours = phrase_colours(words, labels)
-    assert list(colours) == ["red owl", "red circle", "blue ground"]  # the largest comes first
-    assert (colours["red owl"], colours["blue ground"]) == ("#d55e00", "#0072b2")
+    colours = phrase_colours(words)
+    assert list(colours) == ["red circle", "red owl", "blue ground"]
+    assert (colours["red circle"], colours["blue ground"]) == ("#d55e00", "#0072b2")
     assert len(set(colours.values())) == 3
+    labels = [torch.arange(4).view(2, 2), torch.tensor([[8, 0]])]
+    assert owned_phrases(words, labels) == {"red circle", "blue ground"}
     pieces = phrases(("a", "strawberry", "strawberry", "and", "strawberry", None))
     assert pieces == {"strawberry": [1, 2, 4]}
 

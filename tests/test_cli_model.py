@@ -1,5 +1,11 @@
 """`scfg generate --model`: a checkpoint on disk draws the same panel as the embedded model."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from adapter_hosts import sd
 from PIL import Image
@@ -33,3 +39,22 @@ def test_the_checkpoint_draws_what_the_library_draws(tmp_path, monkeypatch):
     for method, image in drawn[0][0].items():
         expected = draw(pipe, Request(("red blue",), (0,), 7.5, method=method, steps=3))
         assert torch.equal(image.images, expected.images)
+
+
+def test_quiet_with_a_checkpoint_prints_nothing(tmp_path):
+    sd(tmp_path).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "scfg", "generate", "red blue", "--quiet", "--steps", "2"]
+    command += ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out.png")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_is_printed_otherwise_is_as_loud_as_before():
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(ZeroDivisionError), checkpoints.silence():
+        assert not logging.is_progress_bar_enabled()
+        raise ZeroDivisionError
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -1,7 +1,6 @@
 """The embedded model: its networks, its training, and the weights that are shipped."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -202,11 +201,9 @@ needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no trained weig
 
 
 @needs_weights
-def test_shipped_model_is_small_and_quick_to_load_and_predicts_eps():
+def test_shipped_model_is_small_and_predicts_eps():
     assert WEIGHTS.stat().st_size <= 10e6
-    start = time.process_time()
     model = load_model()
-    assert time.process_time() - start < 20  # a bound against hanging, not a benchmark
     context = model.encode(["", "a red dog on a blue background"])
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     eps = model.unet(noise, torch.tensor([999, 999]), context)

@@ -10,6 +10,9 @@ from test_recording import build
 
 import scfg
 from scfg import ops
+from scfg.adapters.diffusers import attach
+from scfg.adapters.k_diffusion import denoiser
+from scfg.adapters.modular import SemanticGuidance
 from scfg.models.unet import UNet
 from scfg.recording.phrases import fit_weights
 from scfg.recording.run import Run
@@ -70,8 +73,8 @@ REFUSED = {
         r"labels must be in \[0, 5\), got 5 to 5",
     ),
     "labels low": (lambda: region_sums(LABELS - 1), ValueError, r"labels must be in \[0, 5\)"),
-    "no start": (lambda: ops.segment([LEVEL], None, H, W, [1]), TypeError, "start must be a list"),
-    "start None": (lambda: ops.segment([LEVEL], [None], H, W, [1]), TypeError, r"start\[0\] must"),
+    "no front": (lambda: ops.segment([LEVEL], None, H, W, [1]), TypeError, "front must be a list"),
+    "front None": (lambda: ops.segment([LEVEL], [None], H, W, [1]), TypeError, r"front\[0\] must"),
     "factors 0": (
         lambda: ops.segment([LEVEL], [LEVEL], H, W, [0]),
         ValueError,
@@ -95,6 +98,55 @@ def test_an_argument_out_of_place_is_named(case):
     call, kind, message = REFUSED[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+NET = build("own")[0]
+CONSTRUCTORS = {
+    "UNetWrapper": scfg.UNetWrapper,
+    "guided": lambda net, config=CONFIG, **options: scfg.guided(net, 7.5, config, **options),
+    "denoiser": lambda net, config=CONFIG, **options: denoiser(net, 7.5, config, **options),
+    "attach": lambda net, config=CONFIG, **options: attach(net, 7.5, config, **options),
+    "guider": lambda net, config=None, **options: SemanticGuidance(7.5, **options),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_constants_and_backend_are_looked_at_when_a_thing_is_made(name):
+    make = CONSTRUCTORS[name]
+    with pytest.raises(ValueError, match="backend must be one of .* got 'cuda'"):
+        make(NET, backend="cuda")
+    if name != "guider":  # takes a dict, as JSON has it
+        for wrong in ({"rate_max": 2.0}, 7.5):
+            with pytest.raises(TypeError, match="config must be a scfg.SCFGConfig, got"):
+                make(NET, wrong)
+
+
+def test_weights_of_phrases_are_refused_where_no_prompt_is_seen():
+    for make in (scfg.guided, denoiser, lambda net, **weights: SemanticGuidance(**weights)):
+        with pytest.raises(TypeError, match="got phrases, and here no prompt is seen"):
+            make(NET, token_weights={"blue square": 1.5})
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.nan])
+def test_a_guider_refuses_a_scale_that_is_none_when_it_is_made(scale):
+    with pytest.raises(ValueError, match="guidance_scale must be finite and > 0"):
+        SemanticGuidance(scale)
+
+
+def test_conditions_have_a_row_for_each_image():
+    x, context = torch.randn(2, 4, 16, 24), torch.randn(2, 7, 24)
+    with scfg.guided(NET, 5.0, CONFIG) as guided:
+        for conditions, name in (
+            ((context[:1], context), "uncond"),
+            ((context, context[:1]), "cond"),
+        ):
+            with pytest.raises(ValueError, match=f"{name} must have as many rows as x, 2, got 1"):
+                guided(x, torch.tensor(3), *conditions)
+
+
+def test_attach_without_a_block_says_that_it_did_nothing():
+    with pytest.warns(UserWarning, match="acts inside a block only"):
+        attach(NET)
 
 
 @given(st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1.0]), st.integers(0, T - 1))

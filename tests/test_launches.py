@@ -59,8 +59,8 @@ def test_a_captured_layer_takes_two(reduction):
     ],
 )
 def test_one_follows_the_last_layer(name, launches):
-    wide = cases.Shape((4, 4, 4 * 1025), ((4, 1, 1, 8),), tokens=2)
-    shape = cases.SHAPES.get(name, wide)
+    wide = cases.ModelSize((4, 4, 4 * 1025), ((4, 1, 1, 8),), tokens=2)
+    shape = cases.SIZES.get(name, wide)
     args = cases.arguments("guide_evidence", shape, 1, device=DEVICE)
     with counting_launches() as launched:
         cases.call("guide_evidence", "triton")(*args)

@@ -1,9 +1,12 @@
 """The custom ops are what torch.library asks for, dispatch as stated, and refuse what they must."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import assert_close
 
+import csrc_triton
 import scfg
 from scfg import backends, ops, reference
 
@@ -28,7 +31,9 @@ def arguments(dtype=torch.float32):
     return {
         "attention_map": (q, text, 3, torch.zeros(2, 7)),
         "attention_maps": (q, k, q, text, 3, None),
+        "stacked_maps": ([q, k], [k, q], [q, q], [text, text], 3, [torch.zeros(2, 7)] * 2),
         "attention_apply": (q, k, maps[1], 3),
+        "joint_maps": (q, k, 7, 3, torch.zeros(2, 35)),
         "propagate": (*maps, "official", 4),
         "complete": (*maps, weights, rand(2, 35, 8).float(), "paper", 4),
         "segment": (evidence, evidence, 5, 7, [1, 2]),
@@ -36,6 +41,13 @@ def arguments(dtype=torch.float32):
         "guide": (u, c, labels, sums, scale, 4, *image),
         "guide_evidence": (u, c, evidence, evidence, 5, 7, [1, 2], 7.5, 4, *image),
     }
+
+
+@pytest.mark.parametrize("name", [n for n in csrc_triton.__all__ if n != "partials"])
+def test_an_operation_has_the_parameters_and_defaults_of_its_definition(name):
+    ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (ops, reference))
+    *own, backend = ours.values()
+    assert own == list(theirs.values()) and str(backend) == "backend: str = 'auto'"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -109,17 +121,19 @@ def test_autocast_does_not_reach_the_operations():
         ("attention_map", 1, torch.randn(2, 7, 59), r"k must have shape \(2, m, 60\)"),
         ("attention_map", 2, 7, "heads must divide the width 60"),
         ("attention_map", 3, torch.zeros(2, 8), r"key_bias must have shape \(2, 7\)"),
+        ("joint_maps", 2, 35, "token_count must be 1 to 34"),
+        ("joint_maps", 4, torch.zeros(2, 28), r"key_bias must have shape \(2, 35\)"),
         ("propagate", 0, None, "self_map must be a tensor"),
         ("propagate", 2, "all", "propagation must be"),
-        ("propagate", 3, 0, "steps must be >= 1"),
+        ("propagate", 3, 0, "powers must be >= 1"),
         ("complete", 2, torch.ones(34), r"weights must have shape \(35\)"),
         ("complete", 3, torch.ones(2, 35, 7), r"total must have shape \(2, 35, 8\)"),
         ("segment", 4, [1], "one entry per level"),
-        ("segment", 2, 9, r"tokens\[0\] must have shape \(2, 63, 8\)"),
+        ("segment", 2, 9, r"text\[0\] must have shape \(2, 63, 8\)"),
         ("region_sums", 2, torch.zeros(2, 5, 6, dtype=torch.int64), r"labels must have shape"),
         ("guide", 2, torch.full((2, 5, 7), 7), r"labels must be in \[0, 7\)"),
         ("region_sums", 2, torch.full((2, 5, 7), -1), r"labels must be in \[0, 7\)"),
-        ("guide_evidence", 4, 6, r"tokens\[0\] must have shape"),
+        ("guide_evidence", 4, 6, r"text\[0\] must have shape"),
         ("guide", 4, torch.ones(3), r"guidance_scale must have shape \(2\)"),
         ("guide", 10, torch.ones(2, 8), r"token_weights must have shape \(2, 7\)"),
     ],

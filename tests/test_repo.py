@@ -1,6 +1,8 @@
 """What the repository says about itself is true."""
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -13,7 +15,7 @@ SOURCES = sorted([*(ROOT / "scfg").rglob("*.py"), *(ROOT / "csrc_triton").glob("
 # A file imports from lower floors, and from its own folder where that makes no circle.
 FLOORS = {
     "csrc_triton": 0,
-    "scfg/config": 1, "scfg/reference": 1, "scfg/sampling": 1,
+    "scfg/checks": 1, "scfg/config": 1, "scfg/reference": 1, "scfg/sampling": 1,
     "scfg/backends": 2, "scfg/models/files": 2, "scfg/models/unet": 2,
     "scfg/ops": 3,
     "scfg/patches": 3.5,
@@ -23,7 +25,7 @@ FLOORS = {
     "scfg/recording": 6, "scfg/methods": 6, "scfg/models": 6,
     "scfg/__init__": 7,
     "scfg/drawing": 8,
-    "scfg/adapters": 9, "scfg/evaluate": 9,
+    "scfg/adapters": 9, "scfg/evaluate": 9, "scfg/options": 9,
     "scfg/__main__": 10,
 }  # fmt: skip
 HOSTS = {"diffusers", "comfy", "k_diffusion", "transformers", "comfy_api"}
@@ -141,6 +143,12 @@ def test_every_module_says_what_it_is():
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if ">>>" in p.read_text()], ids=named)
+def test_examples_in_docstrings_hold(path):
+    failed, tried = doctest.testmod(importlib.import_module(named(path).replace("/", ".")))
+    assert tried and not failed
 
 
 def test_every_public_function_has_a_docstring():

@@ -1,19 +1,19 @@
 """The meter counts what kernels ask memory for, and every stage stays within its bound."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-from benchmarks import traffic
+from benchmarks import cases, traffic, transformer_cost
+from scfg import reference
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="bytes are counted in the interpreter"
 )
-SD15, SDXL = traffic.SHAPES
+SD15, SD21 = cases.SIZES["sd15-512"], cases.SIZES["sd21-768"]
 
 
 @triton.jit
@@ -41,29 +41,45 @@ def test_the_interpreter_is_left_as_it_was_also_after_an_error():
     assert before == after
 
 
-@pytest.mark.parametrize("shape", traffic.SHAPES, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("stage", [traffic.segment, traffic.region_sums, traffic.guide])
-def test_single_pass_stages_move_little_more_than_the_least(stage, shape):
-    moved, least, _ = stage(shape)
-    assert 1 <= moved / least <= traffic.BOUNDS[stage.__name__][shape.name] == 1.3
+@pytest.mark.parametrize("name", traffic.BOUNDS)
+@pytest.mark.parametrize("op", ["segment", "region_sums", "guide"])
+def test_operations_of_one_pass_move_little_more_than_the_least(op, name):
+    moved, least, _ = traffic.measure(op, cases.SIZES[name])
+    assert 1 <= moved / least <= traffic.BOUNDS[name][op] == 1.3
 
 
 def test_propagation_reads_a_large_map_once_a_power():
-    _, _, reads = traffic.complete(SDXL, steps=1)  # every power is a launch like this one
+    _, _, reads = traffic.measure("complete", SD21, powers=1)  # every power is a launch like it
     assert 1 <= reads <= 1 + 1.3
 
 
 def test_propagation_in_one_launch_reads_a_small_map_once_a_power_and_column_block():
-    moved, least, reads = traffic.complete(SD15)
+    moved, least, reads = traffic.measure("complete", SD15)
     assert reads == 4 * 5  # powers * ceil(78 / 16): stays in L2
-    assert moved / least <= traffic.BOUNDS["complete"]["SD 1.5"]
+    assert moved / least <= traffic.BOUNDS["sd15-512"]["complete"]
 
 
 def test_maps_are_counted_by_head():
-    shape = replace(SD15, side=6, heads=3, d=24, t=20)
-    assert traffic.attention_maps(shape)[:2] == traffic._count_maps(shape)
+    size = cases.ModelSize((4, 24, 24), ((4, 1, 3, 24),), tokens=20)
+    assert traffic.by_head(size) == traffic.measure("attention_maps", size)[:2]
 
 
 def test_maps_stay_within_their_bound():
-    moved, least, _ = traffic.attention_maps(SD15)
-    assert 1 <= moved / least <= traffic.BOUNDS["attention_maps"]["SD 1.5"]
+    moved, least = traffic.by_head(SD15)
+    assert 1 <= moved / least <= traffic.BOUNDS["sd15-512"]["attention_maps"]
+
+
+def test_the_joint_map_of_the_cost_table_is_what_the_definition_multiplies():
+    n, m, width = transformer_cost.PATCHES, transformer_cost.TEXT, transformer_cost.WIDTH
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        q, k = torch.empty(1, n, width), torch.empty(1, m + n, width)
+        self_map, cross_map = reference.joint_maps(q, k, m, transformer_cost.HEADS)
+        columns = torch.empty(1, n, transformer_cost.WORDS)
+        mapped = counted.get_total_flops()
+        reference.propagate(self_map, columns, "paper", transformer_cost.POWERS)
+    rows = {name: (operations, moved) for name, operations, moved in transformer_cost.ours()}
+    layers = transformer_cost.LAYERS
+    assert rows["joint map, split"][0] == 2 * layers * mapped  # scored twice
+    assert rows["completion"][0] == layers * (counted.get_total_flops() - mapped)
+    written = sum(x.numel() * 4 for x in (self_map, cross_map))
+    assert rows["joint map, split"][1] > layers * written

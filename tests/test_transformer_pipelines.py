@@ -207,3 +207,85 @@ def test_phrases_are_words_of_the_prompt_in_every_copy():
     missing = pytest.raises(ValueError, match=re.escape("'green'"))
     with attach(pipe, None, REAL, token_weights={"green": 2.0}), missing:
         draw("sd3", pipe, call, key, prompt="red square")
+
+
+def lora(pipe):
+    from peft import LoraConfig
+
+    targets = ["to_q", "to_k", "to_v"]
+    torch.manual_seed(4)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=targets)
+    )
+
+
+def cast(pipe):
+    """Weights are kept in eight bits, and widened for each module as it runs."""
+    pipe.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
+
+
+def offload(pipe):
+    """Weights come when a group of modules runs, and go after it."""
+    pipe.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+    )
+
+
+def plainly(change, pipe, name):
+    """A pipeline of the same weights, that is nothing but them."""
+    same, _, _ = pipeline(name)
+    if change is lora:
+        lora(same)
+        same.transformer.fuse_lora()
+    for ours, theirs in zip(
+        same.transformer.parameters(), pipe.transformer.parameters(), strict=change is not lora
+    ):
+        if change is cast and theirs.dtype == torch.float8_e4m3fn:
+            ours.data = theirs.float()
+    return same
+
+
+@pytest.mark.parametrize("change", [lora, cast, offload], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
+def test_what_hosts_do_to_weights_reaches_both_the_network_and_what_is_recorded(name, change):
+    pipe, call, key = pipeline(name)
+    g, unchanged = given(key, name), draw(name, pipe, call, key)
+    change(pipe)
+    plain = draw(name, pipe, call, key)
+    assert plain.equal(unchanged) == (change is offload)
+    with attach(pipe, g, constant(1.0)):
+        actual = draw(name, pipe, call, key)
+    assert_close(actual=actual, expected=plain, share=within(plain, 1e-5), what="rate 1")
+    seen, expected = [], []
+    for drawn, by in ((pipe, seen), (plainly(change, pipe, name), expected)):
+        with attach(drawn, g, REAL, callback=by.append):
+            draw(name, drawn, call, key)
+    assert_close(actual=seen[0].rate, expected=expected[0].rate, share=1e-4, what="rates")
+    assert (seen[0].labels == expected[0].labels).float().mean() > 0.98  # but for ties
+    assert draw(name, pipe, call, key).equal(plain)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
+def test_in_bfloat16_rate_one_is_the_host_as_far_as_its_own_rounding(name):
+    pipe, call, key = pipeline(name)
+    exact = draw(name, pipe, call, key)
+    pipe.to(torch.bfloat16)
+    low = {
+        k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+    plain = draw(name, pipe, low, key)
+    error = (plain.float() - exact).abs().max().item()
+    with attach(pipe, given(key, name), constant(1.0)):
+        actual = draw(name, pipe, low, key)
+    assert actual.dtype == torch.bfloat16
+    assert_close(actual=actual, expected=exact, share=within(exact, 2 * error), what="rate 1")
+    seen = []
+    with attach(pipe, given(key, name), REAL, callback=seen.append):
+        draw(name, pipe, low, key)
+    assert all(torch.isfinite(out.rate).all() and out.rate.std() > 0 for out in seen)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE, assert_close
 
+import csrc_triton
 from scfg import reference
 
 attention = import_module("csrc_triton.attention")
@@ -22,7 +23,7 @@ PROPAGATIONS = ["paper", "official", "none"]
 
 
 def twin(name):
-    return getattr(attention if hasattr(attention, name) else propagate, name)
+    return getattr(csrc_triton, name)
 
 
 def rand(seed, *shape, dtype=torch.float32):
@@ -147,6 +148,30 @@ def test_layers_completed_together_are_added_in_order_bit_for_bit(
     assert torch.equal(both, total)
 
 
+@pytest.mark.parametrize("joint", ["renormalise", "raw"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "b, n, m, t, heads, d, bias",
+    [
+        (2, 35, 35, 7, 3, 40, "masked"),
+        (1, 20, 99, 77, 1, 64, None),  # some rows of a larger map
+        (2, 35, 20, 1, 2, 24, "text"),
+        (1, 20, 1100, 20, 2, 24, "masked"),  # in two passes, as the next
+        (2, 35, 20, 1100, 1, 40, None),
+    ],
+)
+def test_joint_maps(b, n, m, t, heads, d, bias, dtype, joint):
+    q, k = rand(0, b, n, heads * d, dtype=dtype), rand(1, b, t + m, heads * d, dtype=dtype)
+    key_bias = None
+    if bias == "masked":
+        key_bias = rand(2, b, t + m)
+        key_bias[0, t // 3 : t] = float("-inf")
+    if bias == "text":  # nothing but text is seen
+        key_bias = rand(2, b, t + m)
+        key_bias[0, t:] = float("-inf")
+    check("joint_maps", q, k, t, heads, key_bias, joint)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "b, n, m, t, heads, d",
@@ -196,6 +221,8 @@ def images():
         "attention_map two passes": (rand(0, b, n, 16), rand(1, b, 530, 16), 1),
         "attention_maps": (pixels, pixels, pixels, tokens, 2, bias),
         "attention_apply": (pixels, pixels, cross_map, 2),
+        "joint_maps": (pixels, tokens, 15, 2, bias),
+        "joint_maps two passes": (rand(0, b, n, 16), rand(1, b, 530, 16), 13, 1),
         "propagate": (self_map, cross_map),
         "propagate per power": (self_map, cross_map),
         "complete": (*evidence,),

@@ -1,5 +1,8 @@
 """Checkpoints on disk, as pipelines of diffusers; `scfg.adapters.generate` draws with them."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,13 +36,20 @@ def load(
         RuntimeError: diffusers or transformers is not installed, or a file's configuration is not
             on this machine.
     """
+    path = Path(path)
+    if not path.is_file() and not (path / "model_index.json").is_file():
+        raise ValueError(f"{path} must be a file or a folder with a model_index.json")
+    if path.is_file() and path.suffix != ".safetensors" and not allow_pickle:
+        raise ValueError(
+            f"{path} is not a .safetensors file; pickles are loaded from Python only, by "
+            "scfg.adapters.checkpoints.load(path, allow_pickle=True)"
+        )
     try:
         import diffusers
         import transformers  # noqa: F401
     except ImportError as error:
         need = f"checkpoints need {error.name}: pip install 'semantic-cfg[diffusers]'"
         raise RuntimeError(need) from error
-    path = Path(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -52,21 +62,43 @@ def load(
             pipe = diffusers.DiffusionPipeline.from_pretrained(path, **options)
         except Exception as error:  # whatever diffusers makes of a damaged folder
             raise ValueError(f"{path} cannot be loaded from safetensors: {error!r}") from error
-    elif path.is_file():
-        if path.suffix != ".safetensors" and not allow_pickle:
-            raise ValueError(f"{path} is not a .safetensors file; see allow_pickle")
+    else:
         folder = _configuration(path) if config is None else Path(config)
         kind = _pipeline_class(folder)
         try:
             pipe = kind.from_single_file(path, config=str(folder), **options)
         except Exception as error:
             raise ValueError(f"{path} cannot be loaded as a {kind.__name__}: {error!r}") from error
-    else:
-        raise ValueError(f"{path} must be a file or a folder with a model_index.json")
     if not hasattr(type(pipe), "guidance_scale") or getattr(pipe, "unet", None) is None:
         raise ValueError(f"{path} holds a {type(pipe).__name__}, which has no U-Net to guide")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep diffusers and transformers from printing anything but errors, inside a block."""
+    try:
+        from diffusers.utils import logging as of_diffusers
+        from transformers.utils import logging as of_transformers
+    except ImportError:  # what is inside will say so
+        yield
+        return
+    hosts = (of_diffusers, of_transformers)
+    levels = [host.get_verbosity() for host in hosts]
+    bars = [host.is_progress_bar_enabled() for host in hosts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for host in hosts:
+            host.set_verbosity_error()
+            host.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for host, level, bar in zip(hosts, levels, bars, strict=True):
+                host.set_verbosity(level)
+                if bar:
+                    host.enable_progress_bar()
 
 
 def _pipeline_class(folder: Path) -> type:
@@ -100,8 +132,8 @@ def _configuration(file: Path) -> Path:
     kind = fetch_diffusers_config(load_single_file_checkpoint(str(file)))
     name = kind["pretrained_model_name_or_path"]
     missing = RuntimeError(
-        f"{file} looks like {name}, whose configuration is not on this machine; give config, the "
-        "folder of such a model (weights are not needed)"
+        f"{file} looks like {name}, whose configuration is not on this machine; give config (on "
+        "the command line --model-config), the folder of such a model, of which no weights are read"
     )
     try:
         folder = Path(snapshot_download(name, local_files_only=True))

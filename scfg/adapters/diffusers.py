@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -29,7 +29,28 @@ from scfg.recording.run import Run
 LATENT = "latent_channels"
 
 
-@contextmanager
+class _Attachment(AbstractContextManager):
+    """What `attach` returns: acts between enter and exit, and says so where it never did."""
+
+    def __init__(self, inner: AbstractContextManager):
+        self._inner, self._entered = inner, False
+
+    def __enter__(self):
+        self._entered = True
+        return self._inner.__enter__()
+
+    def __exit__(self, *error):
+        return self._inner.__exit__(*error)
+
+    def __del__(self):
+        if not self._entered:
+            warnings.warn(
+                "attach(pipe) acts inside a block only, `with attach(pipe): pipe(...)`; without "
+                "with it did nothing",
+                stacklevel=2,
+            )
+
+
 def attach(
     pipe,
     guidance_scale: float | None = None,
@@ -41,7 +62,7 @@ def attach(
     stop: float = 1.0,
     every: int = 1,
     observe: bool = False,
-) -> Iterator:
+) -> AbstractContextManager:
     """Guide everything that a pipeline makes inside a ``with`` block by S-CFG.
 
     Afterwards, also after an error, the pipeline is what it was. The hooks are on ``pipe.unet``, or
@@ -64,17 +85,25 @@ def attach(
         observe: Only look: the callback gets what S-CFG would do, the pipeline does what it always
             did.
 
-    Yields:
-        pipe.
+    Returns:
+        A context manager, whose value is pipe.
 
     Raises:
-        ValueError: The pipeline has no U-Net, or is attached to already; guidance_scale is missing
-            or superfluous; start, stop or every is out of range; a phrase is not in a prompt.
+        TypeError: config is no SCFGConfig.
+        ValueError: start, stop, every or backend is out of range; on entering the block: the
+            pipeline has no U-Net, or is attached to already; guidance_scale is missing or
+            superfluous; from the pipeline's call: a phrase is not in a prompt.
         RuntimeError: From the pipeline's call: its batch is not [unconditional, text], or the
             attention of the U-Net was not seen (see `AttentionRecorder.finish`).
     """
-    unet = getattr(pipe, "unet", None)
     run = Run(config, backend, callback, start, stop, every)
+    return _Attachment(_attached(pipe, guidance_scale, run, token_weights, observe))
+
+
+@contextmanager
+def _attached(pipe, guidance_scale, run: Run, token_weights, observe: bool) -> Iterator:
+    """The block of `attach`."""
+    unet = getattr(pipe, "unet", None)
     if not isinstance(unet, nn.Module) and transformers_of(pipe):
         with attach_transformers(pipe, guidance_scale, run, token_weights, observe):
             yield pipe
@@ -136,7 +165,7 @@ class _Attached:
                 f"S-CFG acted on none of {self._calls} calls of the U-Net: "
                 f"{type(self.pipe).__name__} says that it does not guide "
                 "(do_classifier_free_guidance)",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def remove(self) -> None:

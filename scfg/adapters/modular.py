@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided
+from scfg.guidance import Guided, check_scale
 from scfg.recording.layouts import find_layout
+from scfg.recording.phrases import refuse_phrases
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
 
@@ -42,7 +43,8 @@ class SemanticGuidance(ClassifierFreeGuidance):
         callback: Called with the `Guided` of every guided step. It is not saved.
 
     Raises:
-        ValueError: A constant, every, start or stop is out of range.
+        ValueError: guidance_scale, a constant, every, start or stop is out of range.
+        TypeError: guidance_scale is no number, or token_weights are phrases.
     """
 
     ignore_for_config = ["callback"]  # noqa: RUF012  (the host reads it from the class)
@@ -62,6 +64,8 @@ class SemanticGuidance(ClassifierFreeGuidance):
         token_weights: list | Tensor | None = None,
         callback: Callable[[Guided], object] | None = None,
     ):
+        check_scale(guidance_scale)
+        refuse_phrases(token_weights)
         super().__init__(
             guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
         )

@@ -204,15 +204,17 @@ def _predictor(
         return plain
     config = model.config if request.config is None else request.config
     run = Run(config, request.backend, notice, request.start, request.stop, request.every)
-    return Predictor(
+    predictor = Predictor(
         model.unet,
-        model.unet,
+        model.network,
         request.guidance_scale,
         run,
         token_weights=_weights(model, request),
         levels=model.schedule.timesteps(request.steps),
         observe=request.method == "cfg",
     )
+    predictor.unet.words = model.words([""] * len(request.prompts) + list(request.prompts))
+    return predictor
 
 
 def _denoised(model: EmbeddedModel, t: int, x: Tensor, eps: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ from scfg.drawing.picture import (
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def page(images: Sequence[dict[str, Generated]], how: str) -> str:
+def page(images: Sequence[dict[str, Generated]], how: str, step: int | None = None) -> str:
     """The page: no server, no network, no other file.
 
     Args:
         images: Per image, `Generated` of one image with its trace, by method; all of one prompt.
         how: How the images were made, in a few words.
+        step: Index of the step at which it opens; None: the last.
 
     Returns:
         HTML.
@@ -36,13 +37,13 @@ def page(images: Sequence[dict[str, Generated]], how: str) -> str:
     first = results[0]
     steps = [step for result in results for step in result.trace]
     words = first.words[0]
-    colours = phrase_colours(words, [step.labels[0] for step in steps])
-    colours = position_colours(words, colours)
+    colours = position_colours(words, phrase_colours(words))
     data = {
         "prompt": first.prompts[0],
         "settings": how,
         "words": first.words[0],
         "colours": [colours.get(i, NO_WORD) for i in range(len(first.words[0]))],
+        "step": len(first.trace) - 1 if step is None else step,
         "timesteps": [step.t for step in first.trace],
         "labelSize": list(first.trace[0].labels.shape[1:]),
         "rateSize": list(first.trace[0].rate.shape[1:]),

@@ -15,8 +15,8 @@ from scfg.drawing.picture import (
     draw_regions,
     enlarge,
     font,
+    owned_phrases,
     phrase_colours,
-    phrases,
     rate_range,
     to_pillow,
     viridis,
@@ -43,7 +43,7 @@ def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.
     words = shown[0].words[0]
     labels = [result.trace[step].labels[0] for result in shown]
     rates = [result.trace[step].rate[0] for result in shown]
-    colours, limits = phrase_colours(words, labels), rate_range(rates)
+    colours, limits = phrase_colours(words), rate_range(rates)
     cells = []
     for row, result, label, rate in zip(images, shown, labels, rates, strict=True):
         pictures = [enlarge(to_pillow(row[method].images[0])) for method in row]
@@ -54,13 +54,29 @@ def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.
     source = f"regions and rate: step {step + 1} of {steps} of {METHODS[shown[0].method]}"
     return _compose(
         shown[0].prompts[0],
-        f"{how} \u00b7 {source}",
+        [f"{how} \u00b7 {source}", _reading(images)],
         [*titles, "Regions of words", "Rate"],
         [f"seed {result.seeds[0]}" for result in shown],
         cells,
-        [(text, colours.get(text)) for text in phrases(words)],
+        _legend(words, labels),
         limits,
     )
+
+
+def _reading(images: Sequence[dict[str, Generated]]) -> str:
+    """How to read the panel, on a line."""
+    text = "Rate multiplies the guidance scale: above 1 a region is guided more than by plain CFG."
+    if len(images[0]) < 2:
+        return text
+    gaps = [(row["scfg"].images - row["cfg"].images).abs().mean().item() / 2 for row in images]
+    share = f"{100 * sum(gaps) / len(gaps):.1f} % of the range of a pixel"
+    return f"{text} The pictures of CFG and S-CFG differ by {share} on average."
+
+
+def _legend(words, labels) -> list[tuple[str, str | None]]:
+    """Every phrase with its colour, None if it owns no patch."""
+    colours, owned = phrase_colours(words), owned_phrases(words, labels)
+    return [(text, colours[text] if text in owned else None) for text in colours]
 
 
 def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
@@ -77,7 +93,7 @@ def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
     last = len(result.trace) - 1
     picks = sorted({round(i * last / max(columns - 1, 1)) for i in range(columns)})
     chosen, words = [result.trace[i] for i in picks], result.words[0]
-    colours = phrase_colours(words, [step.labels[0] for step in chosen])
+    colours = phrase_colours(words)
     limits = rate_range([step.rate[0] for step in chosen])
     cells = [
         [enlarge(to_pillow(step.x0[0])) for step in chosen],
@@ -86,28 +102,30 @@ def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
     ]
     return _compose(
         result.prompts[0],
-        f"{METHODS[result.method]} \u00b7 seed {result.seeds[0]} \u00b7 {how}",
+        [f"{METHODS[result.method]} \u00b7 seed {result.seeds[0]} \u00b7 {how}"],
         [f"step {i + 1}" for i in picks],
         ["image", "regions", "rate"],
         cells,
-        [(text, colours.get(text)) for text in phrases(words)],
+        _legend(words, [step.labels[0] for step in chosen]),
         limits,
     )
 
 
-def _compose(title, note, headers, sides, cells, legend, limits) -> Image.Image:
-    """Title and note, cells under their headers, legend of words below, colour bar on the right."""
+def _compose(title, notes, headers, sides, cells, legend, limits) -> Image.Image:
+    """Title and notes, cells under headers, legend of words below, colour bar on the right."""
     rows, columns = len(cells), len(headers)
     width = 2 * MARGIN + SIDE + columns * (CELL + GAP) + BAR
     lines = _wrap(title, 30, width - 2 * MARGIN)
-    top = MARGIN + 40 * len(lines) + 80
+    notes = [line for note in notes for line in _wrap(note, 18, width - 2 * MARGIN)]
+    top = MARGIN + 40 * len(lines) + 54 + 26 * len(notes)
     words = _flow([word for word, _ in legend] + [NOBODY], width - 2 * MARGIN - SIDE)
     height = top + rows * (CELL + GAP) + 20 + 40 * (words[-1][1] + 1) + MARGIN
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
     for i, line in enumerate(lines):
         draw.text((MARGIN, MARGIN + 40 * i), line, INK, font=font(30))
-    draw.text((MARGIN, top - 78), note, FAINT, font=font(18))
+    for i, line in enumerate(notes):
+        draw.text((MARGIN, MARGIN + 40 * len(lines) + 2 + 26 * i), line, FAINT, font=font(18))
     left = MARGIN + SIDE
     for j, header in enumerate(headers):
         x = left + j * (CELL + GAP)

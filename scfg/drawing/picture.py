@@ -13,7 +13,7 @@ INK, PAPER = "#1b1f24", "#ffffff"
 NO_WORD = "#c4c8ce"  # START, END, padding and small words
 SMALL_WORDS = frozenset("a an the and or on in at of with by to from over under near".split())
 # Okabe and Ito 2008, then colours far from these and from each other to deuteranopes, protanopes
-# and tritanopes too: given to the words in the order of their area.
+# and tritanopes too: given to the words in their order.
 PALETTE = (
     "#e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 "
     "#661100 #332288 #ddcc77 #882255 #ffaabb #aa4499 #88ccee"
@@ -45,24 +45,28 @@ def phrases(words: Sequence[str | None]) -> dict[str, list[int]]:
     return found
 
 
-def phrase_colours(words: Sequence[str | None], labels: Sequence[Tensor]) -> dict[str, str]:
-    """Colour of every phrase that owns a patch in any of the label maps (h, w).
+def phrase_colours(words: Sequence[str | None]) -> dict[str, str]:
+    """Colour of every phrase of a prompt, the same in every picture of it.
 
-    A phrase with a word that names a colour of the palette has it, the largest first; the others
-    take the rest in the order of their area. Small words, START, END and padding have none.
+    A phrase with a word that names a colour of the palette has it, the first one; the others take
+    the rest in their order. Small words, START, END and padding have none.
     """
-    area = np.bincount(np.concatenate([x.flatten().numpy() for x in labels]), minlength=len(words))
-    sizes = {text: area[positions].sum() for text, positions in phrases(words).items()}
-    owners = sorted((text for text in sizes if sizes[text]), key=lambda text: -sizes[text])
+    found = phrases(words)
     colours: dict[str, str] = {}
-    for text in owners:
+    for text in found:
         named = [NAMED[word] for word in text.split() if word in NAMED]
         if named and named[0] not in colours.values():
             colours[text] = named[0]
     free = [colour for colour in PALETTE if colour not in colours.values()]
-    others = [text for text in owners if text not in colours]
+    others = [text for text in found if text not in colours]
     colours |= {text: free[i % len(free)] for i, text in enumerate(others)}
-    return {text: colours[text] for text in owners}
+    return {text: colours[text] for text in found}
+
+
+def owned_phrases(words: Sequence[str | None], labels: Sequence[Tensor]) -> set[str]:
+    """The phrases that own a patch in any of the label maps (h, w)."""
+    owners = set(np.concatenate([x.flatten().numpy() for x in labels]).tolist())
+    return {text for text, positions in phrases(words).items() if owners & set(positions)}
 
 
 def position_colours(words: Sequence[str | None], colours: dict[str, str]) -> dict[int, str]:

@@ -13,6 +13,7 @@ from scfg.config import SCFGConfig
 from scfg.models import emoji, shapes
 from scfg.models.files import read_tensors, write_whole
 from scfg.models.text import TextEncoder, Tokenizer
+from scfg.models.transformer import JointTransformer, TransformerConfig
 from scfg.models.unet import UNet, UNetConfig
 from scfg.sampling import Schedule, scaled_linear
 
@@ -38,14 +39,57 @@ UNET = UNetConfig(
 class ModelConfig:
     """Topology of both networks and the words they know.
 
-    The context is `unet.cross_attention_dim` wide; words and length are those of `Tokenizer`.
+    Attributes:
+        unet: The U-Net, or None.
+        transformer: The transformer in its place, or None.
+        text_layers: Layers of the text encoder.
+        text_heads: Heads of each.
+        words: As of `Tokenizer`.
+        length: As of `Tokenizer`.
     """
 
-    unet: UNetConfig = UNET
+    unet: UNetConfig | None = UNET
+    transformer: TransformerConfig | None = None
     text_layers: int = 2
     text_heads: int = 4
     words: tuple[str, ...] = emoji.WORDS
     length: int = emoji.LENGTH
+
+    def __post_init__(self) -> None:
+        """Refuse none of the networks, and both."""
+        if (self.unet is None) == (self.transformer is None):
+            raise ValueError(f"one of unet and transformer must be given, got {self}")
+
+    @property
+    def network(self) -> str:
+        """``"unet"`` or ``"transformer"``."""
+        return "unet" if self.transformer is None else "transformer"
+
+    @property
+    def context_dim(self) -> int:
+        """Features of a token of the context."""
+        if self.transformer is None:
+            return self.unet.cross_attention_dim
+        return self.transformer.context_dim
+
+
+TRANSFORMER = ModelConfig(unet=None, transformer=TransformerConfig())
+
+
+def read_config(fields: dict) -> ModelConfig:
+    """The config that `dataclasses.asdict` wrote, from JSON.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A field is not known.
+    """
+    fields = dict(fields)
+    for name, kind in (("unet", UNetConfig), ("transformer", TransformerConfig)):
+        if fields.get(name) is not None:
+            fields[name] = kind(**fields[name])
+    fields["words"] = tuple(fields.get("words", shapes.WORDS))  # older files do not say
+    fields.setdefault("length", shapes.LENGTH)
+    return ModelConfig(**fields)
 
 
 class EpsPredictor(nn.Module):
@@ -80,6 +124,22 @@ class EpsPredictor(nn.Module):
         return (x - abar.sqrt() * self.unet(x, t, context)) / (1 - abar).sqrt()
 
 
+class FlowPredictor(EpsPredictor):
+    """The eps that goes with the x0 which a network of the straight path predicts.
+
+    With ``a = sqrt(abar_t)`` and ``b = sqrt(1 - abar_t)``, ``x = a x0 + b eps`` is ``a + b`` times
+    ``(1 - s) x0 + s eps`` at ``s = b / (a + b)``: every sampler of noise levels draws with it.
+    """
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
+        """As of `EpsPredictor`."""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        abar = self.alphas_cumprod[t.long()].to(x.dtype)
+        a, b = (y.reshape(-1, 1, 1, 1) for y in (abar.sqrt(), (1 - abar).sqrt()))
+        s = (b / (a + b)).reshape(-1)
+        return (x - a * self.unet(x / (a + b), s, context)) / b
+
+
 @dataclass(frozen=True, eq=False)
 class EmbeddedModel:
     """Everything between a caption and a picture.
@@ -104,6 +164,16 @@ class EmbeddedModel:
         """(48, 16, 16), the noise to start a picture from without its batch."""
         return (3 * PATCH**2, 64 // PATCH, 64 // PATCH)
 
+    @property
+    def network(self) -> UNet | JointTransformer:
+        """What predicts x0 inside `unet`: its attention is recorded."""
+        return self.unet.unet
+
+    def words(self, captions: Sequence[str]) -> Tensor:
+        """(b, t) int64, which columns of the context are words: their place; -1 for the others."""
+        is_word = self.tokenizer(captions) >= 2  # after START and END
+        return torch.where(is_word, torch.arange(self.tokenizer.length), -1)
+
     @torch.no_grad()
     def encode(self, captions: str | Sequence[str]) -> Tensor:
         """Context (b, t, c) of one caption or several; "" is the unconditional one.
@@ -126,18 +196,21 @@ def to_latents(images: Tensor) -> Tensor:
 
 
 def networks(config: ModelConfig = ModelConfig()) -> nn.ModuleDict:
-    """The U-Net, which predicts x0, and the text encoder, with fresh weights."""
-    tokenizer, width = Tokenizer(config.words, config.length), config.unet.cross_attention_dim
+    """The network, which predicts x0, and the text encoder, with fresh weights."""
+    tokenizer, width = Tokenizer(config.words, config.length), config.context_dim
     text_encoder = TextEncoder(
         len(tokenizer.vocabulary), tokenizer.length, width, config.text_layers, config.text_heads
     )
-    return nn.ModuleDict({"unet": UNet(config.unet), "text_encoder": text_encoder})
+    transformer = config.network == "transformer"
+    network = JointTransformer(config.transformer) if transformer else UNet(config.unet)
+    return nn.ModuleDict({config.network: network, "text_encoder": text_encoder})
 
 
 def assemble(parts: nn.ModuleDict, config: ModelConfig = ModelConfig()) -> EmbeddedModel:
     """The usable model around the two networks, which it shares."""
     schedule = scaled_linear()
-    unet = EpsPredictor(parts["unet"], schedule.alphas_cumprod)
+    predictor = FlowPredictor if config.network == "transformer" else EpsPredictor
+    unet = predictor(parts[config.network], schedule.alphas_cumprod)
     unet.to(next(parts.parameters()).device)
     tokenizer = Tokenizer(config.words, config.length)
     return EmbeddedModel(unet, parts["text_encoder"], tokenizer, schedule)
@@ -148,7 +221,9 @@ def save_weights(parts: nn.ModuleDict, config: ModelConfig, path: Path, **facts:
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise RuntimeError("weights need safetensors: pip install 'scfg[generate]'") from error
+        raise RuntimeError(
+            "weights need safetensors: pip install 'semantic-cfg[generate]'"
+        ) from error
     tensors = {name: p.detach().half().contiguous().cpu() for name, p in parts.state_dict().items()}
     metadata = {"config": json.dumps(asdict(config)), **facts}
     write_whole(path, lambda aside: save_file(tensors, aside, metadata))
@@ -175,10 +250,7 @@ def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
             raise ValueError(f"{path} must hold floating point weights, got {x.dtype} in {name!r}")
     try:
         config = json.loads(metadata["config"])
-        config["unet"] = UNetConfig(**config["unet"])
-        config["words"] = tuple(config.get("words", shapes.WORDS))  # older files do not say
-        config.setdefault("length", shapes.LENGTH)
-        config = ModelConfig(**config)
+        config = read_config(config)
         parts = networks(config)
         parts.load_state_dict({name: x.float() for name, x in weights.items()})
     except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:

@@ -43,7 +43,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise RuntimeError("weights need safetensors: pip install 'scfg[generate]'") from error
+        raise RuntimeError(
+            "weights need safetensors: pip install 'semantic-cfg[generate]'"
+        ) from error
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:

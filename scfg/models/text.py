@@ -31,8 +31,9 @@ class Tokenizer:
         """Encode captions.
 
         Args:
-            captions: One caption or several, in any case; words are separated by white space. The
-                empty caption, START and then only END, is the unconditional one.
+            captions: One caption or several, in any case; words are separated by white space, and
+                punctuation after one is left out. The empty caption, START and then only END, is
+                the unconditional one.
 
         Returns:
             (b, length) int64.
@@ -51,7 +52,7 @@ class Tokenizer:
         Raises:
             ValueError: As in `__call__`.
         """
-        words = caption.lower().split()
+        words = [word.strip(".,;:!?") for word in caption.lower().split()]
         for word in words:
             if word not in self.words:
                 known = ", ".join(self.words)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scfg.models.embedded import WEIGHTS, assemble, save_weights
+from scfg.models.embedded import TRANSFORMER, WEIGHTS, ModelConfig, assemble, save_weights
 from scfg.models.emoji import caption, sample_scenes
 from scfg.models.training import Plan, Trainer
 from scfg.sampling import ddim
@@ -85,6 +85,7 @@ def main() -> None:
     """Command line of ``python -m scfg.models.train``."""
     parser = argparse.ArgumentParser(prog="python -m scfg.models.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--network", choices=["unet", "transformer"], default="unet")
     parser.add_argument("--minutes", type=float, default=Plan.minutes, help="length of the run")
     parser.add_argument("--samples", type=int, help="length of the run instead of --minutes")
     parser.add_argument("--batch", type=int, default=Plan.batch)
@@ -124,7 +125,8 @@ def main() -> None:
         parser.error(f"{args.out} holds a run already: give --resume or another --out")
     else:
         names = ("minutes", "samples", "batch", "lr", "seed", "bf16")
-        plan = Plan(**{name: getattr(args, name) for name in names})
+        model = ModelConfig() if args.network == "unet" else TRANSFORMER
+        plan = Plan(**{name: getattr(args, name) for name in names}, model=model)
         trainer = Trainer(plan, args.device, args.compile)
     args.out.mkdir(parents=True, exist_ok=True)
     run(trainer, args.out, args.checkpoint_minutes, args.preview_minutes)

@@ -1,7 +1,9 @@
 """One training run of the embedded model: its plan, a step, and its checkpoint.
 
-The network predicts x0 under min-SNR-5 weights, ``min(abar / (1 - abar), 5) |x0 - target|^2``
-(Hang et al., arXiv 2303.09556), on scenes drawn on the fly; one caption in ten is empty. AdamW with
+The network predicts x0 on scenes drawn on the fly; one caption in ten is empty. A U-Net's loss has
+min-SNR-5 weights, ``min(abar / (1 - abar), 5) |x0 - target|^2`` (Hang et al., arXiv 2303.09556); a
+transformer's is that of the velocity on the straight path ``(1 - s) x0 + s eps``, which is
+``|x0 - target|^2 / s^2``, with logit-normal s (Esser et al., 2403.03206). AdamW with
 a short warm-up, then a learning rate that falls linearly to zero over the planned minutes or
 samples; the weights that are shown and exported are an exponential moving average (EMA).
 """
@@ -16,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scfg.models.embedded import ModelConfig, networks, to_latents
+from scfg.models.embedded import ModelConfig, networks, read_config, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.files import read_json, read_tensors, write_text, write_whole
 from scfg.models.text import Tokenizer
-from scfg.models.unet import UNetConfig
 from scfg.sampling import scaled_linear
+
+LEAST_LEVEL = 0.1  # below it a velocity's weight grows no more
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Trainer:
         return self.seconds / (60 * self.plan.minutes)
 
     def _predict(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.parts["unet"](x, t, self.parts["text_encoder"](tokens))
+        return self.parts[self.plan.model.network](x, t, self.parts["text_encoder"](tokens))
 
     def step(self) -> Tensor:
         """One step on fresh scenes, drawn from (seed, step, process) and nothing else.
@@ -113,21 +116,30 @@ class Trainer:
         return loss
 
     def _loss(self, rng: np.random.Generator) -> Tensor:
-        """Min-SNR weighted loss of this process's share of a batch."""
+        """Weighted loss of this process's share of a batch."""
         count = self.plan.batch // self.world
         scenes = sample_scenes(count, rng)
         dropped = rng.random(count) < self.plan.empty
         captions = ["" if d else caption(s) for s, d in zip(scenes, dropped, strict=True)]
         x0 = to_latents(render(scenes, self.device)[0])
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**63)))
-        options = {"generator": generator, "device": self.device}
-        t = torch.randint(len(self.abar), (count,), **options)
-        abar = self.abar[t][:, None, None, None]  # (b, 1, 1, 1)
-        x = abar.sqrt() * x0 + (1 - abar).sqrt() * torch.randn(x0.shape, **options)
+        level, signal, noise, weight = self._levels(count, generator)
+        eps = torch.randn(x0.shape, generator=generator, device=self.device)
+        signal, noise, weight = (y[:, None, None, None] for y in (signal, noise, weight))
+        x = signal * x0 + noise * eps
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.bf16):
-            prediction = self.predict(x, t, self.tokenizer(captions).to(self.device))
-        weight = (abar / (1 - abar)).clamp(max=5)
+            prediction = self.predict(x, level, self.tokenizer(captions).to(self.device))
         return (weight * (prediction.float() - x0).square()).mean()
+
+    def _levels(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Noise levels as the network takes them, factors of signal and noise, weights: (b,)."""
+        options = {"generator": generator, "device": self.device}
+        if self.plan.model.network == "transformer":
+            s = torch.sigmoid(torch.randn(count, **options))
+            return s, 1 - s, s, s.clamp_min(LEAST_LEVEL) ** -2
+        t = torch.randint(len(self.abar), (count,), **options)
+        abar = self.abar[t]
+        return t, abar.sqrt(), (1 - abar).sqrt(), (abar / (1 - abar)).clamp(max=5)
 
     def _average(self, loss: Tensor) -> Tensor:
         """Average gradients and loss over the processes, and agree on the time."""
@@ -173,10 +185,7 @@ class Trainer:
         numbers = read_json(folder / "checkpoint.json")
         tensors, _ = read_tensors(folder / numbers["tensors"])
         model = numbers["plan"].pop("model")
-        model["unet"] = UNetConfig(**model["unet"])
-        if "words" in model:
-            model["words"] = tuple(model["words"])
-        trainer = cls(Plan(**numbers["plan"], model=ModelConfig(**model)), device, compile)
+        trainer = cls(Plan(**numbers["plan"], model=read_config(model)), device, compile)
         with torch.no_grad():
             for name, p in trainer.parts.named_parameters():
                 p.copy_(tensors[f"parts.{name}"])

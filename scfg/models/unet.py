@@ -228,7 +228,9 @@ class UNet(nn.Module):
                 block.downsamplers.append(named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 skips.append(c)
             self.down_blocks.append(block)
-        self.mid_block = Block([c, c], [config.mid_depth, 0], level, config)
+        c = channels[-1]
+        mid_depths = [config.mid_depth, 0]
+        self.mid_block = Block([c, c], mid_depths, len(channels) - 1, config)
         for level in reversed(range(len(channels))):
             c_before, c, depth = c, channels[level], config.transformer_depth[level]
             c_in = [c_layer + skips.pop() for c_layer in [c_before] + [c] * layers]

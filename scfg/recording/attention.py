@@ -63,7 +63,8 @@ class Attention:
         self.given = None if context is x else context
         given = kwargs
         if len(args) > 2:
-            given = dict(zip(self._parameters, args, strict=False)) | kwargs
+            known = min(len(self._parameters), len(args))  # torch 2.8 compiles no uneven zip
+            given = dict(zip(self._parameters[:known], args[:known], strict=True)) | kwargs
         self.mask = given.get("attention_mask", given.get("mask"))
 
     def read(self, name: str, x: Tensor, output: Tensor) -> None:

@@ -113,6 +113,11 @@ def named_grid(model: nn.Module, call: dict) -> Grid:
     return call["num_frames"], call["height"], call["width"]
 
 
+def pixels_grid(model: nn.Module, call: dict) -> Grid:
+    """Of a latent ``x`` (b, c, H, W), each pixel a patch."""
+    return 1, *call["x"].shape[2:]
+
+
 def list_grid(model: nn.Module, call: dict) -> Grid:
     """Of a list of latents (c, f, H, W)."""
     sizes = {tuple(x.shape) for x in call["x"]}
@@ -124,6 +129,9 @@ def list_grid(model: nn.Module, call: dict) -> Grid:
 
 T5 = Words("tokenizer")
 LAYOUTS = {
+    "JointTransformer": Layout(
+        ("attn",), pixels_grid, blocks=("blocks",), start=(0,), texts=("context",),
+    ),  # scfg.models.transformer
     "SD3Transformer2DModel": Layout(
         ("attn",), sample_grid, order="image text", start=(0,),
         words=(Words("tokenizer", 1, 76), Words("tokenizer_3", 77)),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from scfg.ops import check_weights
+from scfg import checks
 
 
 def find_phrase(text: Sequence[Hashable], phrase: Sequence[Hashable]) -> list[int]:
@@ -78,6 +78,15 @@ def phrase_weights(
     return weigh_phrases(texts, phrases, weights)
 
 
+def refuse_phrases(token_weights: object) -> None:
+    """Raise TypeError where weights are given by phrase and no prompt is at hand."""
+    if isinstance(token_weights, Mapping):
+        raise TypeError(
+            "token_weights must be a tensor, one number a token, got phrases, and here no prompt "
+            "is seen: scfg.recording.phrases.phrase_weights(tokenizer, prompt, weights) makes it"
+        )
+
+
 def fit_weights(table: Tensor, rows: int, tokens: int) -> Tensor:
     """The weights of B prompts for a batch of images, rows of one prompt side by side.
 
@@ -94,7 +103,7 @@ def fit_weights(table: Tensor, rows: int, tokens: int) -> Tensor:
         ValueError: It is not (t,) or (B, t) or not finite and > 0 (checked on a CPU only), b is not
             a multiple of B, or a weight other than 1 is beyond the tokens.
     """
-    check_weights(table)
+    checks.weights(table)
     if table.dim() not in (1, 2) or 0 in table.shape:
         raise ValueError(f"token_weights must be (t,) or (B, t), got {tuple(table.shape)}")
     table = table.float() if table.dim() == 2 else table.float()[None]

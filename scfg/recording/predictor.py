@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg, check_scale
+from scfg.recording.phrases import refuse_phrases
 from scfg.recording.run import Run
 from scfg.recording.wrapper import UNetWrapper
 
@@ -37,7 +38,9 @@ class Predictor:
         unet: The `UNetWrapper`.
 
     Raises:
-        ValueError: No transformer block found, or levels missing.
+        ValueError: No transformer block found, or levels missing; on a call: a condition has
+            another number of rows than x.
+        TypeError: guidance_scale is no number, or token_weights no tensor.
         RuntimeError: On a call: see `AttentionRecorder.finish`.
     """
 
@@ -54,6 +57,7 @@ class Predictor:
         if levels is None and not run.always:
             raise ValueError("start, stop and every need the levels that the loop visits, got none")
         check_scale(guidance_scale)
+        refuse_phrases(token_weights)
         self.model, self.guidance_scale, self.run = model, guidance_scale, run
         self.token_weights, self.observe = token_weights, observe
         self.unet = UNetWrapper(unet, run.config, run.backend)
@@ -82,6 +86,11 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, x: Tensor, level, uncond, cond, **extra) -> Tensor:
         """The guided prediction (b, c, H, W) of x at a level: a number, 0-d or (b,)."""
+        for name, condition in (("uncond", uncond), ("cond", cond)):
+            if isinstance(condition, Tensor) and len(condition) != len(x):
+                raise ValueError(
+                    f"{name} must have as many rows as x, {len(x)}, got {len(condition)}"
+                )
         acts, records = self._plan(x, level, uncond, cond)
 
         def call(x: Tensor, level, condition) -> Tensor:

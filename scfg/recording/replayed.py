@@ -266,8 +266,11 @@ class _Attend:
         """Self and cross map of some rows."""
         if self.linear:
             return reference.linear_attention_map(q, self.k, self.heads), q[..., :0]
-        rows = ops.attention_map(q, self.k, self.heads, self.bias, self.backend)
-        return reference.split_joint(rows, self.text, self.config.joint if self.text else "raw")
+        if not self.text:
+            return ops.attention_map(q, self.k, self.heads, self.bias, self.backend), q[..., :0]
+        return ops.joint_maps(
+            q, self.k, self.text, self.heads, self.bias, self.config.joint, self.backend
+        )
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Self and cross map, some rows at a time."""

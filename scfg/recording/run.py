@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from scfg.config import SCFGConfig
+from scfg.backends import check_backend
+from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, guide_evidence, guide_regions
 from scfg.recording.phrases import fit_weights
@@ -34,7 +35,8 @@ class Run:
         every: Regions are found on every so many steps and kept in between; rates never are.
 
     Raises:
-        ValueError: Not 0 <= start < stop <= 1, or every < 1.
+        ValueError: Not 0 <= start < stop <= 1, every < 1, or an unknown backend.
+        TypeError: config is no SCFGConfig.
     """
 
     config: SCFGConfig
@@ -47,6 +49,8 @@ class Run:
     _branches: dict[str, Evidence] | None = field(default=None, init=False)
 
     def __post_init__(self):
+        check_config(self.config)
+        check_backend(self.backend)
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from scfg.config import SCFGConfig
+from scfg.backends import check_backend
+from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, guide_evidence
 from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
@@ -45,7 +46,8 @@ class Recorder:
             text belongs to, see `TransformerRecorder.start`; None: each is one.
 
     Raises:
-        ValueError: No transformer block found, no layout, or bad order.
+        ValueError: No transformer block found, no layout, bad order or backend.
+        TypeError: config is no SCFGConfig, or model no network.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class Recorder:
         keep_maps: bool = False,
         layout: Layout | None = None,
     ):
+        check_config(config)
+        check_backend(backend)
         if sorted(order) != ["text", "uncond"]:
             raise ValueError(f"order must be ('uncond', 'text') or its reverse, got {order!r}")
         self.model, self.config, self.backend, self.order = model, config, backend, tuple(order)

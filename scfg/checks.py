@@ -1,0 +1,153 @@
+"""What operations ask of their arguments; an error names the argument, what came, what was due.
+
+On a CPU tensors are checked for NaN and infinity; on other devices that would wait for the device,
+so there a NaN stays in the image it came from.
+"""
+
+import torch
+from torch import Tensor
+
+LARGEST = 1e18  # magnitude of a prediction whose norm is taken in float32
+
+
+def shape(x: Tensor, name: str, *expected: int | str) -> None:
+    """Raise unless x is a floating tensor of the given sizes; a letter stands for any size."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    fits = x.dim() == len(expected) and all(
+        isinstance(want, str) or want == size for want, size in zip(expected, x.shape, strict=True)
+    )
+    if not fits:
+        want = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name} must have shape ({want}), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def finite(x: Tensor, name: str) -> None:
+    """Raise if a CPU tensor holds NaN or infinity; says in which image."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"{name} must be finite, got NaN or infinity in batch rows {bad}")
+
+
+def floating(x: Tensor, name: str) -> None:
+    """Raise unless the tensor is of a floating point type."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}")
+
+
+def weights(x: Tensor, name: str = "token_weights") -> None:
+    """Raise unless x is a tensor of factors: real numbers, on a CPU finite and > 0 each."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers, got {x.dtype}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (torch.isfinite(x) & (x > 0)).all():
+            raise ValueError(f"{name} must be finite and > 0, got {x.flatten().tolist()}")
+
+
+def attention_map(x: Tensor, name: str, b: int, n: int | str = "n", m: int | str = "t") -> None:
+    """Raise unless x is a finite (b, n, m) attention map."""
+    shape(x, name, b, n, m)
+    floating(x, name)
+    finite(x, name)
+
+
+def predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
+    """Raise unless both are finite floating point tensors of one shape (b, c, H, W).
+
+    On a CPU they are also refused above `LARGEST`, where float32 has no room for their squares.
+    """
+    shape(eps_text, "eps_text", "b", "c", "H", "W")
+    shape(eps_uncond, "eps_uncond", *eps_text.shape)
+    for name, x in (("eps_uncond", eps_uncond), ("eps_text", eps_text)):
+        floating(x, name)
+        finite(x, name)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if x.dtype != torch.float64 and x.abs().amax() > LARGEST:
+                raise ValueError(f"{name} must be within +-{LARGEST:g}, got {x.abs().amax():g}")
+
+
+def scale(guidance_scale: float | Tensor, b: int) -> float | Tensor:
+    """The guidance scale, a float or (b,), as the operations take it."""
+    if isinstance(guidance_scale, Tensor):
+        shape(guidance_scale, "guidance_scale", b)
+        return guidance_scale
+    return float(guidance_scale)
+
+
+def queries_and_keys(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None:
+    """Raise unless q and k are (b, n, g*d) and (b, m, g*d), of one type."""
+    shape(q, "q" + suffix, "b", "n", "g*d")
+    shape(k, "k" + suffix, q.shape[0], "m", q.shape[2])
+    floating(q, "q" + suffix)
+    if q.dtype != k.dtype:
+        raise TypeError(f"q{suffix} and k{suffix} must have one dtype, got {q.dtype} and {k.dtype}")
+    if heads < 1 or q.shape[2] % heads:
+        raise ValueError(f"heads must divide the width {q.shape[2]} of q{suffix}, got {heads}")
+
+
+def maps(
+    self_map: Tensor | None, columns: Tensor, name: str, propagation: str, powers: int
+) -> None:
+    """Raise unless columns (b, n, t) and, where needed, self_map (b, n, n) fit the propagation.
+
+    Both may be those of several layers, stacked.
+    """
+    stack = columns.shape[:1] if isinstance(columns, Tensor) and columns.dim() == 4 else ()
+    shape(columns, name, *stack, "b", "n", "t")
+    floating(columns, name)
+    if propagation not in ("paper", "official", "none"):
+        raise ValueError(f"propagation must be 'paper', 'official' or 'none', got {propagation!r}")
+    if powers < 1:
+        raise ValueError(f"powers must be >= 1, got {powers}")
+    if propagation == "none":
+        return
+    if self_map is None:
+        raise ValueError(f"self_map must be a tensor when propagation is {propagation!r}, got None")
+    b, n, _ = columns.shape[-3:]
+    shape(self_map, "self_map", *stack, b, n, n)
+    floating(self_map, "self_map")
+    if self_map.dtype != columns.dtype:
+        raise TypeError(
+            f"self_map and {name} must have one dtype, got {self_map.dtype} and {columns.dtype}"
+        )
+
+
+def levels(text: list[Tensor], front: list[Tensor], h: int, w: int, factors: list[int]) -> None:
+    """Raise unless both branches have finite evidence of every level of the grid (h, w)."""
+    for name, value in (("text", text), ("front", front), ("factors", factors)):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list, one entry a level, got {type(value).__name__}")
+    if not text or not len(text) == len(front) == len(factors):
+        raise ValueError(
+            "text, front and factors must have one entry per level, at least one, "
+            f"got {len(text)}, {len(front)} and {len(factors)}"
+        )
+    for name, branch in (("text", text), ("front", front)):
+        shape(branch[0], f"{name}[0]", "b", "n", "t+1")
+        for level, (x, factor) in enumerate(zip(branch, factors, strict=True)):
+            if factor < 1:
+                raise ValueError(f"factors[{level}] must be >= 1, got {factor}")
+            n = -(-h // factor) * -(-w // factor)
+            shape(x, f"{name}[{level}]", text[0].shape[0], n, branch[0].shape[2])
+            finite(x, f"{name}[{level}] (evidence of the attention maps)")
+
+
+def labels(eps_text: Tensor, labels: Tensor, factor: int, token_count: int) -> None:
+    """Raise unless labels are int64 in [0, token_count), one a patch of the prediction."""
+    b, _, height, width = eps_text.shape
+    if factor < 1:
+        raise ValueError(f"factor must be >= 1, got {factor}")
+    shape(labels, "labels", b, -(-height // factor), -(-width // factor))
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not 0 <= labels.min() <= labels.max() < token_count:
+            raise ValueError(
+                f"labels must be in [0, {token_count}), got {labels.min():d} to {labels.max():d}"
+            )
