@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.specialized import launches
+from benchmarks.specialized import STEPS, launches, step
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -70,6 +70,41 @@ def compiling(target: GPUTarget, one_each: bool = False):
             driver.set_active(device)
 
 
+@contextlib.contextmanager
+def counting(target: GPUTarget):
+    """Inside, launches compile nothing; yields the kernels that they would have compiled."""
+    names, seen = [], set()
+    launch, compile_kernel, device = JITFunction.run, JITFunction._do_compile, driver._active
+
+    def note(kernel, key, *_):
+        if (kernel.__name__, key) not in seen:
+            seen.add((kernel.__name__, key))
+            names.append(kernel.__name__)
+
+    def warm_up(kernel, *args, grid, warmup, **kwargs):
+        return launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run, JITFunction._do_compile = warm_up, note
+    driver.set_active(_NoDevice(target))
+    try:
+        yield names
+    finally:
+        JITFunction.run, JITFunction._do_compile = launch, compile_kernel
+        driver.set_active(device)
+
+
+def new_kernels(target: GPUTarget) -> list[tuple]:
+    """Of one step after another: its size, tokens, and the kernels it is the first to need."""
+    steps = []
+    with counting(target) as names:
+        for size, tokens in STEPS:
+            before = len(names)
+            for launch, args in step(size, tokens):
+                launch(*args)
+            steps.append((*size, tokens, names[before:]))
+    return steps
+
+
 def _report(compiled, log: str) -> dict:
     report = {"kernel": compiled.metadata.name, "warps": compiled.metadata.num_warps}
     report["shared"] = compiled.metadata.shared
@@ -86,7 +121,12 @@ def main() -> None:
     parser.add_argument("--one-each", action="store_true", help="compile every kernel only once")
     parser.add_argument("--skip", nargs="*", default=[], help="types left out, e.g. bfloat16")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per kernel")
+    parser.add_argument("--count", action="store_true", help="kernels that steps compile, by size")
     arguments = parser.parse_args()
+    if arguments.count:
+        for line in new_kernels(TARGETS["sm_90"]):
+            print(json.dumps(line))
+        return
     columns = ("kernel", "warps", "registers", "spilled", "shared")
     if not arguments.json:
         print(f"triton {triton.__version__}; registers a thread, spilled and shared in bytes")

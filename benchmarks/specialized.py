@@ -10,6 +10,7 @@ import torch
 
 import csrc_triton
 from benchmarks import cases
+from scfg.evidence import map_grid
 
 # n, heads, d, t of the layers recorded by default: SD 1.5 at 512 and 1024, SD 2.1 at 768, SDXL at
 # 1024 and the embedded model; then layers for which no map is formed.
@@ -64,6 +65,30 @@ def _guidance(dtype):
         for options in ((7.5, factor), (scales, factor, *image)):
             yield csrc_triton.guide, (eps, eps, labels, sums, *options)
             yield csrc_triton.guide_evidence, (eps, eps, levels, levels, h, w, factors, *options)
+
+
+# (latent), tokens of one step after another: SD 1.5's and SDXL's, then ten others.
+STEPS = (
+    ((64, 64), 77), ((128, 128), 77), ((96, 96), 77), ((64, 96), 77), ((96, 64), 77),
+    ((80, 80), 77), ((72, 88), 77), ((68, 68), 77), ((128, 128), 154), ((128, 128), 231),
+    ((128, 128), 80), ((104, 152), 77),
+)  # fmt: skip
+
+
+def step(size: tuple[int, int], tokens: int):
+    """The launches of a step with two levels of SDXL's heads, as (launcher, arguments)."""
+    levels = []
+    for reduction in (4, 8):
+        n = map_grid(size, reduction)[0] * map_grid(size, reduction)[1]
+        pixels, text = (_meta(2, m, 1280, dtype=torch.float16) for m in (n, tokens))
+        yield csrc_triton.stacked_maps, (*[[pixels] * 2] * 3, [text] * 2, 20, [None] * 2)
+        maps, total = (_meta(2, 2, n, n), _meta(2, 2, n, tokens)), _meta(2, n, tokens + 1)
+        for before in (None, total):
+            yield csrc_triton.complete, (*maps, _meta(n), before)
+        levels.append(total[:1])
+    eps = _meta(1, 4, *size, dtype=torch.float16)
+    grid = map_grid(size, 4)
+    yield csrc_triton.guide_evidence, (eps, eps, levels, levels, *grid, [1, 2], 7.5, 4)
 
 
 def launches(skip: Sequence[str] = ()):

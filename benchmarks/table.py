@@ -6,6 +6,7 @@ Every number stands under the machine and the date it was measured on. Of a poin
 one machine the last is shown; a point that failed says so.
 """
 
+import csv
 from pathlib import Path
 
 from benchmarks import records
@@ -177,7 +178,7 @@ def _kernels(rows):
     return f"{text}\nMeasured on {_where(rows)}.\n\n{_grid(head, lines)}"
 
 
-TABLES = {"performance": ("docs/cost.md", performance)}
+TABLES = {"performance": ("docs/cost.md", performance), "objects": ("docs/evidence.md", objects)}
 
 
 def main():

@@ -1,6 +1,6 @@
 """Triton twins of `scfg.reference`: names, parameters, order and defaults are the same; on CUDA."""
 
-from csrc_triton.attention import attention_apply, attention_map, attention_maps
+from csrc_triton.attention import attention_apply, attention_map, attention_maps, stacked_maps
 from csrc_triton.evidence import complete, propagate
 from csrc_triton.guidance import guide, partials, region_sums
 from csrc_triton.joint import joint_maps
@@ -19,4 +19,5 @@ __all__ = [
     "propagate",
     "region_sums",
     "segment",
+    "stacked_maps",
 ]

@@ -8,9 +8,11 @@ from torch import Tensor
 from csrc_triton.launch import OPTIONS, check_inputs, on_device_of, stages
 from csrc_triton.scores import _dot, _mean_probabilities, _scores, _softmax_statistics
 
+LAYERS = 8  # of one launch
+
 
 @triton.jit
-def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, tile, n, m,
+def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, out_image, tile, n, m,
               HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
               BLOCK_D: tl.constexpr, ONE_PASS: tl.constexpr):  # fmt: skip
     """BLOCK_M rows of one map: scores of all keys at once if they fit, else in two passes."""
@@ -19,7 +21,7 @@ def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, tile, n, m,
     k_ptr += image * m * (HEADS * D)
     if bias_ptr is not None:
         bias_ptr += image * m
-    out_ptr += (image * n + tile * BLOCK_M) * m
+    out_ptr += (out_image * n + tile * BLOCK_M) * m
     out = out_ptr + (tl.arange(0, BLOCK_M) * m)[:, None]
     if ONE_PASS:
         keys = tl.arange(0, BLOCK_N)
@@ -49,29 +51,46 @@ def _attention_map_kernel(q_ptr, k_ptr, bias_ptr, out_ptr, n, m,
     Grid (ceil(n / BLOCK_M), b). q is read once (ONE_PASS), k once per program (from the cache: a
     few MB at most), the map written once. Block sizes: see `_blocks`.
     """
-    _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, tl.program_id(1).to(tl.int64), tl.program_id(0),
-              n, m, HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, ONE_PASS)  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, image, tl.program_id(0), n, m,
+              HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, ONE_PASS)  # fmt: skip
 
 
 @triton.jit
+def _of_layer(tensors, layer):
+    """The pointer to a layer's tensor, of a tuple of them."""
+    pointer = tensors[0]
+    for slot in tl.static_range(1, len(tensors)):
+        pointer = tl.where(layer == slot, tensors[slot], pointer)
+    return pointer
+
+
+@triton.jit(do_not_specialize=["b", "t"])
 def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bias_ptr,
-                           self_ptr, cross_ptr, n, t,
+                           self_ptr, cross_ptr, b, n, t,
                            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                            BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
                            ONE_PASS: tl.constexpr, ONE_PASS_T: tl.constexpr):  # fmt: skip
-    """BLOCK_M rows of the self map or of the cross map of one image, all heads.
+    """BLOCK_M rows of the self map or of the cross map of one image of one layer, all heads.
 
-    Grid (2 * ceil(n / BLOCK_M), b): the self tiles, which take longest, come first. Reads, writes
-    and block sizes as in `_attention_map_kernel`.
+    Grid (2 * ceil(n / BLOCK_M), layers * b): the self tiles, which take longest, come first. Inputs
+    are tuples, a tensor a layer, results are stacked. Reads, writes and block sizes as in
+    `_attention_map_kernel`.
     """
-    image = tl.program_id(1).to(tl.int64)
+    stacked = tl.program_id(1).to(tl.int64)
+    layer, image = tl.program_id(1) // b, (tl.program_id(1) % b).to(tl.int64)
     tile = tl.program_id(0)
     tiles = tl.cdiv(n, BLOCK_M)
     if tile < tiles:
-        _map_rows(q_self_ptr, k_self_ptr, None, self_ptr, image, tile, n, n,
+        _map_rows(_of_layer(q_self_ptr, layer), _of_layer(k_self_ptr, layer), None, self_ptr,
+                  image, stacked, tile, n, n,
                   HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, ONE_PASS)  # fmt: skip
     else:
-        _map_rows(q_cross_ptr, k_cross_ptr, bias_ptr, cross_ptr, image, tile - tiles, n, t,
+        bias = bias_ptr
+        if bias_ptr is not None:
+            bias = _of_layer(bias_ptr, layer)
+        _map_rows(_of_layer(q_cross_ptr, layer), _of_layer(k_cross_ptr, layer), bias, cross_ptr,
+                  image, stacked, tile - tiles, n, t,
                   HEADS, D, BLOCK_M, BLOCK_T, BLOCK_D, ONE_PASS_T)  # fmt: skip
 
 
@@ -171,17 +190,45 @@ def attention_maps(
         RuntimeError: An input requires grad.
         TypeError: An input is float64.
     """
-    check_inputs("attention_maps", q_self, k_self, q_cross, k_cross, key_bias)
-    (b, n, width), t = q_self.shape, k_cross.shape[1]
-    rows, columns, options = _blocks(n, width // heads, heads, q_self.element_size(), n, t)
+    bias = [key_bias]
+    maps = stacked_maps([q_self], [k_self], [q_cross], [k_cross], heads, bias)
+    return maps[0][0], maps[1][0]
+
+
+def stacked_maps(
+    q_self: list[Tensor],
+    k_self: list[Tensor],
+    q_cross: list[Tensor],
+    k_cross: list[Tensor],
+    heads: int,
+    key_bias: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Maps of transformer blocks of one shape, one launch for every LAYERS of them.
+
+    Twin of `scfg.reference.stacked_maps`: contiguous inputs of one type, float32 scores and results
+    (l, b, n, n) and (l, b, n, t). Blocks have a bias all or none.
+
+    Raises:
+        RuntimeError: An input requires grad.
+        TypeError: An input is float64.
+    """
+    inputs = (q_self, k_self, q_cross, k_cross, key_bias)
+    check_inputs("stacked_maps", *(x for layers in inputs for x in layers))
+    (b, n, width), t, count = q_self[0].shape, k_cross[0].shape[1], len(q_self)
+    itemsize = q_self[0].element_size()
+    rows, columns, options = _blocks(n, width // heads, heads, itemsize, n, t)
     (keys, one_pass), (keys_t, one_pass_t) = columns
-    self_map = q_self.new_empty((b, n, n), dtype=torch.float32)
-    cross_map = q_self.new_empty((b, n, t), dtype=torch.float32)
-    with on_device_of(q_self):
-        _attention_maps_kernel[(2 * triton.cdiv(n, rows), b)](
-            q_self, k_self, q_cross, k_cross, key_bias, self_map, cross_map, n, t, BLOCK_M=rows,
-            BLOCK_N=keys, BLOCK_T=keys_t, ONE_PASS=one_pass, ONE_PASS_T=one_pass_t,
-            **options)  # fmt: skip
+    self_map = q_self[0].new_empty((count, b, n, n), dtype=torch.float32)
+    cross_map = q_self[0].new_empty((count, b, n, t), dtype=torch.float32)
+    for first in range(0, count, LAYERS):
+        # as many pointers for any number of layers: one kernel
+        own = [tuple((x[first : first + LAYERS] + LAYERS * x[-1:])[:LAYERS]) for x in inputs]
+        own[-1] = None if key_bias[0] is None else own[-1]
+        with on_device_of(self_map):
+            _attention_maps_kernel[(2 * triton.cdiv(n, rows), min(LAYERS, count - first) * b)](
+                *own, self_map[first:], cross_map[first:], b, n, t, BLOCK_M=rows,
+                BLOCK_N=keys, BLOCK_T=keys_t, ONE_PASS=one_pass, ONE_PASS_T=one_pass_t,
+                **options)  # fmt: skip
     return self_map, cross_map
 
 

@@ -48,9 +48,9 @@ def _load_columns(cross_ptr, rows, cols, n, t, WITH_REST: tl.constexpr):
     return c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers", "more", "t"])
 def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, out_ptr,
-                     gain, scale, powers, n, t,
+                     gain, scale, powers, layers, more, n, t,
                      BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
                      COLUMNS: tl.constexpr):  # fmt: skip
     """COLUMNS columns of one image through all powers; with weights, renormalised and added.
@@ -59,54 +59,60 @@ def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, o
     propagation is linear. Evaluated from the inside, S(C + gain S(C + ...)), so that no sum of
     powers is kept: C and two blocks of scratch that take turns, a barrier before each power. S is
     read once per power, total and the result once, C once (by the rest column once more). 16
-    columns are the least a matrix product takes: the most programs.
+    columns are the least a matrix product takes: the most programs. Layers follow each other in
+    the program, so that their sum has one order; more says whether there is a total before them.
     """
-    image = tl.program_id(1).to(tl.int64)
+    b = tl.num_programs(1)
     lanes = tl.arange(0, COLUMNS)
     cols = tl.program_id(0) * COLUMNS + lanes
-    self_ptr += image * n * n
-    first = scratch_ptr + (image * tl.num_programs(0) + tl.program_id(0)) * (3 * n * COLUMNS)
-    for start in range(0, n, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        c = _load_columns(cross_ptr + image * n * t, rows, cols, n, t, weights_ptr is not None)
-        at = rows[:, None] * COLUMNS + lanes[None, :]
-        tl.store(first + at, c, mask=(rows < n)[:, None])
-    source = first
-    for power in range(powers):
-        tl.debug_barrier()  # the source is complete
-        target = first + (1 + power % 2) * (n * COLUMNS)
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    first = scratch_ptr + program * (3 * n * COLUMNS)
+    for layer in range(layers):
+        image = (layer * b + tl.program_id(1)).to(tl.int64)
         for start in range(0, n, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
+            c = _load_columns(cross_ptr + image * n * t, rows, cols, n, t, weights_ptr is not None)
             at = rows[:, None] * COLUMNS + lanes[None, :]
-            y = _product(self_ptr, source, rows, lanes, n, COLUMNS, BLOCK_K)
-            c = tl.load(first + at, mask=(rows < n)[:, None], other=0.0)
-            y = tl.where(power == powers - 1, y * scale, c + y * gain)
-            tl.store(target + at, y, mask=(rows < n)[:, None])
-        source = target
-    tl.debug_barrier()
-    mean = tl.zeros((COLUMNS,), tl.float32)
-    width = t
-    if weights_ptr is not None:
-        width = t + 1
+            tl.store(first + at, c, mask=(rows < n)[:, None])
+        source = first
+        for power in range(powers):
+            tl.debug_barrier()  # the source is complete
+            target = first + (1 + power % 2) * (n * COLUMNS)
+            for start in range(0, n, BLOCK_M):
+                rows = start + tl.arange(0, BLOCK_M)
+                at = rows[:, None] * COLUMNS + lanes[None, :]
+                y = _product(self_ptr + image * n * n, source, rows, lanes, n, COLUMNS, BLOCK_K)
+                c = tl.load(first + at, mask=(rows < n)[:, None], other=0.0)
+                y = tl.where(power == powers - 1, y * scale, c + y * gain)
+                tl.store(target + at, y, mask=(rows < n)[:, None])
+            source = target
+        tl.debug_barrier()
+        mean = tl.zeros((COLUMNS,), tl.float32)
+        width = t
+        if weights_ptr is not None:
+            width = t + 1
+            for start in range(0, n, BLOCK_M):
+                rows = start + tl.arange(0, BLOCK_M)
+                at = rows[:, None] * COLUMNS + lanes[None, :]
+                y = tl.load(source + at, mask=(rows < n)[:, None], other=0.0)
+                v = tl.load(weights_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
+                mean += tl.sum(y * v[:, None], 0)
         for start in range(0, n, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             at = rows[:, None] * COLUMNS + lanes[None, :]
             y = tl.load(source + at, mask=(rows < n)[:, None], other=0.0)
-            v = tl.load(weights_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
-            mean += tl.sum(y * v[:, None], 0)
-    for start in range(0, n, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        at = rows[:, None] * COLUMNS + lanes[None, :]
-        y = tl.load(source + at, mask=(rows < n)[:, None], other=0.0)
-        y = tl.where(mean > 0, y / tl.maximum(mean, 1e-30), y)
-        ok = (rows < n)[:, None] & (cols < width)[None, :]
-        at = (image * n + rows)[:, None] * width + cols[None, :]
-        if total_ptr is not None:
-            y += tl.load(total_ptr + at, mask=ok, other=0.0)
-        tl.store(out_ptr + at, y, mask=ok)
+            y = tl.where(mean > 0, y / tl.maximum(mean, 1e-30), y)
+            ok = (rows < n)[:, None] & (cols < width)[None, :]
+            at = (tl.program_id(1).to(tl.int64) * n + rows)[:, None] * width + cols[None, :]
+            if layer > 0:
+                y += tl.load(out_ptr + at, mask=ok, other=0.0)
+            else:
+                y += tl.load(total_ptr + at, mask=ok & (more > 0), other=0.0)
+            tl.store(out_ptr + at, y, mask=ok)
+        tl.debug_barrier()  # scratch is free, and the sum so far complete
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, partial_ptr,
                       factor, n, t, t_in, t_out,
                       BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -137,37 +143,41 @@ def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, p
         tl.store(partial_ptr + at, tl.sum(y * v[:, None], 0), mask=cols < t)
 
 
-@triton.jit
-def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, n, t, t_in, parts,
-                        BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["layers", "more", "parts", "n", "t"])
+def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, more, n, t, t_in,
+                        parts, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """BLOCK_M rows of one image: divide columns and rest by their spatial means, add to total.
 
     Grid (ceil(n / BLOCK_M), b), BLOCK_T >= t: all columns of a row meet here, so the rest column
-    needs no propagation. Everything is read and written once, but for the parts of the means, which
-    every program adds up. BLOCK_M * BLOCK_T is 4096: 16 registers a thread.
+    needs no propagation, and so do all layers, added one after another. Everything is read and
+    written once, but for the parts of the means, which every program adds up. BLOCK_M * BLOCK_T is
+    2048: 8 registers a thread, and as many for the sum.
     """
+    b = tl.num_programs(1)
     image = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_T)
-    mean = tl.zeros((BLOCK_T,), tl.float32)
-    for start in range(0, parts, BLOCK_M):
-        ps = start + tl.arange(0, BLOCK_M)
-        ok = (ps < parts)[:, None] & (cols < t)[None, :]
-        at = (image * parts + ps)[:, None] * t + cols[None, :]
-        mean += tl.sum(tl.load(partial_ptr + at, mask=ok, other=0.0), 0)
     ok = (rows < n)[:, None] & (cols < t)[None, :]
-    at = (image * n + rows)[:, None] * t_in + cols[None, :]
-    y = tl.load(columns_ptr + at, mask=ok, other=0.0)
-    rest = tl.sum(tl.where(cols > 0, y, 0.0), 1)
-    rest_mean = tl.sum(tl.where(cols > 0, mean, 0.0), 0)
-    y = tl.where(mean > 0, y / tl.maximum(mean, 1e-30), y)
-    rest = tl.where(rest_mean > 0, rest / tl.maximum(rest_mean, 1e-30), rest)
     row_at = (image * n + rows) * (t + 1)
-    if total_ptr is not None:
-        y += tl.load(total_ptr + row_at[:, None] + cols[None, :], mask=ok, other=0.0)
-        rest += tl.load(total_ptr + row_at + t, mask=rows < n, other=0.0)
-    tl.store(out_ptr + row_at[:, None] + cols[None, :], y, mask=ok)
-    tl.store(out_ptr + row_at + t, rest, mask=rows < n)
+    at = row_at[:, None] + cols[None, :]
+    total = tl.load(total_ptr + at, mask=ok & (more > 0), other=0.0)
+    total_rest = tl.load(total_ptr + row_at + t, mask=(rows < n) & (more > 0), other=0.0)
+    for layer in range(layers):
+        stacked = (layer * b + tl.program_id(1)).to(tl.int64)
+        mean = tl.zeros((BLOCK_T,), tl.float32)
+        for start in range(0, parts, BLOCK_M):
+            ps = start + tl.arange(0, BLOCK_M)
+            present = (ps < parts)[:, None] & (cols < t)[None, :]
+            at = (stacked * parts + ps)[:, None] * t + cols[None, :]
+            mean += tl.sum(tl.load(partial_ptr + at, mask=present, other=0.0), 0)
+        at = (stacked * n + rows)[:, None] * t_in + cols[None, :]
+        y = tl.load(columns_ptr + at, mask=ok, other=0.0)
+        rest = tl.sum(tl.where(cols > 0, y, 0.0), 1)
+        rest_mean = tl.sum(tl.where(cols > 0, mean, 0.0), 0)
+        total += tl.where(mean > 0, y / tl.maximum(mean, 1e-30), y)
+        total_rest += tl.where(rest_mean > 0, rest / tl.maximum(rest_mean, 1e-30), rest)
+    tl.store(out_ptr + row_at[:, None] + cols[None, :], total, mask=ok)
+    tl.store(out_ptr + row_at + t, total_rest, mask=rows < n)
 
 
 def _schedule(propagation: str, powers: int) -> tuple[int, float, float]:
@@ -181,17 +191,19 @@ def _schedule(propagation: str, powers: int) -> tuple[int, float, float]:
 
 def _small(self_map, columns, weights, total, powers, gain, scale):
     """All powers in one launch, see `_complete_kernel`; without weights only propagated."""
-    b, n, t = columns.shape
+    b, n, t = columns.shape[-3:]
+    layers = columns.shape[0] if columns.dim() == 4 else 1
     width = t if weights is None else t + 1
     blocks = triton.cdiv(width, 16)
     block_m = max(16, triton.next_power_of_2(n)) if n <= 256 else 128
     scratch = columns.new_empty((b, blocks, 3, n, 16), dtype=torch.float32)
     out = columns.new_empty((b, n, width), dtype=torch.float32)
+    more, total = (0, out) if total is None else (1, total)
     with on_device_of(columns):
         _complete_kernel[(blocks, b)](
             columns if self_map is None else self_map, columns, weights, total, scratch, out,
-            gain, scale, powers, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16, **OPTIONS,
-            num_stages=stages(3))  # fmt: skip
+            gain, scale, powers, layers, more, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16,
+            **OPTIONS, num_stages=stages(3))  # fmt: skip
     return out
 
 
@@ -250,10 +262,11 @@ def complete(
     propagation: str = "paper",
     powers: int = 4,
 ) -> Tensor:
-    """Fold one layer into the evidence of its level: propagate, renormalise over space, add.
+    """Fold layers into the evidence of their level: propagate, renormalise over space, add.
 
     Twin of `scfg.reference.complete`: contiguous inputs, total float32, float32 products and result
-    (b, n, t+1). One launch up to SMALL_N pixels or without propagation, else one per power and one.
+    (b, n, t+1). One launch up to SMALL_N pixels or without propagation, else one per power and one,
+    for any number of layers.
 
     Raises:
         RuntimeError: An input requires grad.
@@ -261,15 +274,18 @@ def complete(
     """
     check_inputs("complete", self_map, cross_map, weights, total)
     powers, gain, scale = _schedule(propagation, powers)
-    b, n, t = cross_map.shape
+    b, n, t = cross_map.shape[-3:]
     if powers == 0 or n <= SMALL_N:
         return _small(self_map, cross_map, weights, total, powers, gain, scale)
-    columns, parts = _large(self_map, cross_map, weights, powers, gain, scale)
+    layers = cross_map.shape[0] if cross_map.dim() == 4 else 1
+    stacked = self_map.view(layers * b, n, n), cross_map.view(layers * b, n, t)
+    columns, parts = _large(*stacked, weights, powers, gain, scale)
     out = cross_map.new_empty((b, n, t + 1), dtype=torch.float32)
     block_t = max(16, triton.next_power_of_2(t))
-    rows = max(1, 4096 // block_t)
+    rows = max(1, 2048 // block_t)
+    more, total = (0, out) if total is None else (1, total)
     with on_device_of(cross_map):
         _renormalise_kernel[(triton.cdiv(n, rows), b)](
-            columns, parts, total, out, n, t, columns.shape[2], parts.shape[1], BLOCK_M=rows,
-            BLOCK_T=block_t, **OPTIONS)  # fmt: skip
+            columns, parts, total, out, layers, more, n, t, columns.shape[2], parts.shape[1],
+            BLOCK_M=rows, BLOCK_T=block_t, **OPTIONS)  # fmt: skip
     return out

@@ -52,7 +52,7 @@ def _contiguous(value):
     return value
 
 
-def _launch(name: str, arguments: dict):
+def _launch(name: str, **arguments):
     return kernel(name)(**{key: _contiguous(value) for key, value in arguments.items()})
 
 
@@ -79,29 +79,56 @@ def run(name: str, backend: str, **arguments):
         raise ValueError(
             f"{name} needs tensors on one device, got {[str(x.device) for x in tensors]}"
         )
-    with torch.autocast(device.type, enabled=False):
-        if backend == "torch":
-            return getattr(reference, name)(**arguments)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            raise RuntimeError(
-                f"{name} got a tensor that requires grad; backend {backend!r} is for inference: "
-                "call it under torch.no_grad(), or use backend='torch', which is differentiable"
-            )
-        if backend == "triton" and not has_triton():
-            raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
-        if backend == "triton" and device.type == "cuda":
-            return _launch(name, arguments)
-        if backend == "triton":
-            if not interpreting():
-                raise RuntimeError(
-                    f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
-                    "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
-                )
-            return _launch(name, arguments)
+    if backend != "torch" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{name} got a tensor that requires grad; backend {backend!r} is for inference: "
+            "call it under torch.no_grad(), or use backend='torch', which is differentiable"
+        )
+    if backend == "auto":
         scale = arguments.get("guidance_scale")
         if isinstance(scale, Tensor):
             arguments |= {"guidance_scale": 0.0, "scales": scale}
-        return getattr(torch.ops.scfg, name)(**arguments)
+        function = getattr(torch.ops.scfg, name)
+    else:
+        function = _function(name, backend, device)
+    with torch.autocast(device.type, enabled=False):
+        return function(**arguments)
+
+
+def run_unchecked(name: str, backend: str, device: torch.device, arguments: dict):
+    """`run` without a check, and without torch's dispatch unless it is traced.
+
+    Args:
+        name: The operation.
+        backend: One of BACKENDS.
+        device: Of all tensors, none of which requires grad.
+        arguments: Of the operation, a guidance scale not among them.
+    """
+    if backend == "auto" and torch.compiler.is_compiling():
+        function = getattr(torch.ops.scfg, name)
+    else:
+        function = _function(name, backend, device)
+    if not torch.is_autocast_enabled(device.type):
+        return function(**arguments)
+    with torch.autocast(device.type, enabled=False):
+        return function(**arguments)
+
+
+def _function(name: str, backend: str, device: torch.device):
+    """The reference or its twin, whichever a backend takes on a device."""
+    if backend == "torch":
+        return getattr(reference, name)
+    if backend == "auto":
+        on_gpu = device.type == "cuda" and supported(device)
+        return functools.partial(_launch, name) if on_gpu else getattr(reference, name)
+    if not has_triton():
+        raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
+    if device.type != "cuda" and not interpreting():
+        raise RuntimeError(
+            f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
+            "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
+        )
+    return functools.partial(_launch, name)
 
 
 def _listed(value) -> list:
@@ -143,10 +170,11 @@ def _define(name: str, fake=None) -> None:
     names = list(inspect.signature(definition).parameters)
 
     def twin(*args, **kwargs):
-        tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        given = (x for value in (*args, *kwargs.values()) for x in _listed(value))
+        tensor = next(x for x in given if isinstance(x, Tensor))
         if not supported(tensor.device):
             return definition(*args, **kwargs)
-        return _launch(name, dict(zip(names, args, strict=False)) | kwargs)
+        return _launch(name, **dict(zip(names, args, strict=False)), **kwargs)
 
     if "guidance_scale" in names:
         definition, twin = _with_scales(definition), _with_scales(functools.wraps(definition)(twin))
@@ -183,7 +211,15 @@ def _fake_guide_evidence(eps_uncond, eps_text, text, front, h, w, *args, **kwarg
     return *_fake_guide(eps_uncond, eps_text), labels, foreground, flat
 
 
-for _name in ("attention_map", "attention_maps", "joint_maps", "propagate", "complete", "segment"):
+for _name in (
+    "attention_map",
+    "attention_maps",
+    "stacked_maps",
+    "joint_maps",
+    "propagate",
+    "complete",
+    "segment",
+):
     _define(_name)
 _define("attention_apply", _fake_apply)
 _define("region_sums", _fake_region_sums)

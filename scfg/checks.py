@@ -94,8 +94,12 @@ def queries_and_keys(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None
 def maps(
     self_map: Tensor | None, columns: Tensor, name: str, propagation: str, powers: int
 ) -> None:
-    """Raise unless columns (b, n, t) and, where needed, self_map (b, n, n) fit the propagation."""
-    shape(columns, name, "b", "n", "t")
+    """Raise unless columns (b, n, t) and, where needed, self_map (b, n, n) fit the propagation.
+
+    Both may be those of several layers, stacked.
+    """
+    stack = columns.shape[:1] if isinstance(columns, Tensor) and columns.dim() == 4 else ()
+    shape(columns, name, *stack, "b", "n", "t")
     floating(columns, name)
     if propagation not in ("paper", "official", "none"):
         raise ValueError(f"propagation must be 'paper', 'official' or 'none', got {propagation!r}")
@@ -105,8 +109,8 @@ def maps(
         return
     if self_map is None:
         raise ValueError(f"self_map must be a tensor when propagation is {propagation!r}, got None")
-    b, n, _ = columns.shape
-    shape(self_map, "self_map", b, n, n)
+    b, n, _ = columns.shape[-3:]
+    shape(self_map, "self_map", *stack, b, n, n)
     floating(self_map, "self_map")
     if self_map.dtype != columns.dtype:
         raise TypeError(

@@ -1,6 +1,7 @@
 """Layers folded, level by level, into what a call of a U-Net says about tokens."""
 
-import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,13 @@ class Evidence:
     def reductions(self) -> list[int]:
         """Reductions seen, finest first."""
         return sorted(self.levels)
+
+    @property
+    def batch(self) -> int:
+        """Rows of the call, b; 0 of none."""
+        for layers in self.levels.values():
+            return layers[0].shape[0]
+        return 0
 
     @property
     def tokens(self) -> int:
@@ -90,7 +98,7 @@ def fits(b: int, n: int) -> bool:
 
 
 def propagate_unformed(
-    q: Tensor, k: Tensor, columns: Tensor, heads: int, config: SCFGConfig, backend: str
+    q: Tensor, k: Tensor, columns: Tensor, heads: int, config: SCFGConfig, apply: Callable
 ) -> Tensor:
     """`scfg.reference.propagate`, attention being applied once per power instead of formed.
 
@@ -99,17 +107,15 @@ def propagate_unformed(
         k: (b, n, g*d) keys.
         columns: (b, n, t).
         heads: g.
-        config: Its propagation and propagation_steps are used.
-        backend: See `scfg.ops`.
+        config: Its propagation, other than ``"none"``, and propagation_steps are used.
+        apply: `scfg.ops.attention_apply`.
 
     Returns:
         (b, n, t) float32.
     """
-    if config.propagation == "none":
-        return columns
     total = 0
     for weight in reference.power_weights(config.propagation, config.propagation_steps):
-        columns = ops.attention_apply(q, k, columns, heads, backend)
+        columns = apply(q=q, k=k, columns=columns, heads=heads)
         total = total + weight * columns
     return total
 
@@ -121,47 +127,33 @@ def fold(
     cross_map: Tensor,
     weights: Tensor,
     config: SCFGConfig,
-    backend: str,
+    complete: Callable,
 ) -> None:
-    """Complete the cross map of one layer through its self map and add it to its level.
+    """Complete the cross map of one layer, or of several, through the self map; add to the level.
 
     Args:
         evidence: Changed in place.
         reduction: Level of the layer.
-        self_map: (b, n, n); may be None when propagation is ``"none"``.
-        cross_map: (b, n, t).
+        self_map: (b, n, n), or (l, b, n, n) of l layers; None: cross_map is propagated already, or
+            is not to be.
+        cross_map: (b, n, t) or (l, b, n, t).
         weights: (n,) from `level_weights`.
         config: Its propagation, propagation_steps and layers_per_level are used.
-        backend: See `scfg.ops`.
+        complete: `scfg.ops.complete`.
     """
     limit = config.layers_per_level
     layers = evidence.levels.setdefault(reduction, [])
-    total = layers.pop() if layers and limit is None else None
-    completed = ops.complete(
-        self_map,
-        cross_map,
-        weights,
-        total,
-        propagation=config.propagation,
+    completed = complete(
+        self_map=self_map,
+        cross_map=cross_map,
+        weights=weights,
+        total=layers.pop() if layers and limit is None else None,
+        propagation="none" if self_map is None else config.propagation,
         powers=config.propagation_steps,
-        backend=backend,
     )
     layers.append(completed)
     if limit is not None:
         del layers[:-limit]
-
-
-def fold_columns(
-    evidence: Evidence,
-    reduction: int,
-    columns: Tensor,
-    weights: Tensor,
-    config: SCFGConfig,
-    backend: str,
-) -> None:
-    """Add one layer, whose token columns (b, n, t) are propagated already, to its level."""
-    complete = dataclasses.replace(config, propagation="none")
-    fold(evidence, reduction, None, columns, weights, complete, backend)
 
 
 def fold_maps(
@@ -175,6 +167,7 @@ def fold_maps(
     b, size = eps.shape[0], tuple(eps.shape[-2:])
     evidence = Evidence(size)
     weights = level_weights(size, config, eps.device)
+    complete = functools.partial(ops.complete, backend=backend)
     powers = tuple(1 << level for level in range(max(size).bit_length() + 1))
     for layer, (self_map, cross_map) in enumerate(zip(self_maps, cross_maps, strict=True)):
         checks.attention_map(cross_map, f"cross_maps[{layer}]", 2 * b)
@@ -186,7 +179,7 @@ def fold_maps(
             )
         reduction = find_reduction(size, n, config.reductions)
         if reduction is not None:
-            fold(evidence, reduction, self_map, cross_map, weights[reduction], config, backend)
+            fold(evidence, reduction, self_map, cross_map, weights[reduction], config, complete)
         elif find_reduction(size, n, powers) is None:
             raise ValueError(
                 f"cross_maps[{layer}] must have ceil(H/r) * ceil(W/r) pixels, r a power of 2, "

@@ -52,6 +52,54 @@ def attention_maps(
     )
 
 
+def stacked_maps(
+    q_self: list[Tensor],
+    k_self: list[Tensor],
+    q_cross: list[Tensor],
+    k_cross: list[Tensor],
+    heads: int,
+    key_bias: list[Tensor | None],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Maps of several blocks of one shape, see `scfg.reference.stacked_maps`."""
+    blocks = dict(q_self=q_self, k_self=k_self, q_cross=q_cross, k_cross=k_cross, key_bias=key_bias)
+    for name, layers in blocks.items():
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(
+                f"{name} must be a list, one entry a layer, got {type(layers).__name__}"
+            )
+        if not layers or len(layers) != len(q_self):
+            raise ValueError(
+                f"{name} must have as many layers as q_self, {len(q_self)}, at least one, got "
+                f"{len(layers)}"
+            )
+    checks.queries_and_keys(q_self[0], k_self[0], heads, "_self[0]")
+    checks.queries_and_keys(q_cross[0], k_cross[0], heads, "_cross[0]")
+    checks.shape(q_cross[0], "q_cross[0]", *q_self[0].shape)
+    if key_bias[0] is not None:
+        checks.shape(key_bias[0], "key_bias[0]", q_cross[0].shape[0], k_cross[0].shape[1])
+    for name, layers in blocks.items():
+        first = layers[0]
+        for layer, x in enumerate(layers[1:], 1):
+            if first is not None or x is not None:
+                _alike(x, first, f"{name}[{layer}]")
+    return backends.run(
+        "stacked_maps",
+        backend,
+        **{name: list(layers) for name, layers in blocks.items()},
+        heads=heads,
+    )
+
+
+def _alike(x: Tensor, first: Tensor, name: str) -> None:
+    """Raise unless a layer's tensor is one of the first layer's shape and type."""
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name} must be None, as of the first layer, got {type(x).__name__}")
+    checks.shape(x, name, *first.shape)
+    if x.dtype != first.dtype:
+        raise TypeError(f"{name} must be {first.dtype}, as of the first layer, got {x.dtype}")
+
+
 def joint_maps(
     q: Tensor,
     k: Tensor,
@@ -101,6 +149,7 @@ def propagate(
     backend: str = "auto",
 ) -> Tensor:
     """Complete token maps through self-attention, see `scfg.reference.propagate`."""
+    checks.shape(columns, "columns", "b", "n", "t")
     checks.maps(self_map, columns, "columns", propagation, powers)
     return backends.run(
         "propagate",
@@ -121,9 +170,9 @@ def complete(
     powers: int = 4,
     backend: str = "auto",
 ) -> Tensor:
-    """Fold one layer into the evidence of its level, see `scfg.reference.complete`."""
+    """Fold layers into the evidence of their level, see `scfg.reference.complete`."""
     checks.maps(self_map, cross_map, "cross_map", propagation, powers)
-    b, n, t = cross_map.shape
+    b, n, t = cross_map.shape[-3:]
     checks.shape(weights, "weights", n)
     if total is not None:
         checks.shape(total, "total", b, n, t + 1)

@@ -31,6 +31,7 @@ def arguments(dtype=torch.float32):
     return {
         "attention_map": (q, text, 3, torch.zeros(2, 7)),
         "attention_maps": (q, k, q, text, 3, None),
+        "stacked_maps": ([q, k], [k, q], [q, q], [text, text], 3, [torch.zeros(2, 7)] * 2),
         "attention_apply": (q, k, maps[1], 3),
         "joint_maps": (q, k, 7, 3, torch.zeros(2, 35)),
         "propagate": (*maps, "official", 4),

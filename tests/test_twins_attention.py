@@ -113,6 +113,41 @@ def test_attention_maps(b, n, t, heads, d, masked, dtype):
     check("attention_maps", q_self, k_self, q_cross, k_cross, heads, key_bias)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layers", [1, 3, 9])  # of which one launch takes eight
+def test_stacked_maps_are_those_of_each_layer_bit_for_bit(layers, masked):
+    b, n, t, heads, d = 2, 20, 35, 2, 24
+    blocks = [
+        [rand(10 * i + j, b, m, heads * d) for j, m in enumerate((n, n, n, t))]
+        for i in range(layers)
+    ]
+    biases = [rand(i, b, t) if masked else None for i in range(layers)]
+    q_self, k_self, q_cross, k_cross = (list(x) for x in zip(*blocks, strict=True))
+    both = attention.stacked_maps(q_self, k_self, q_cross, k_cross, heads, biases)
+    for layer, (block, bias) in enumerate(zip(blocks, biases, strict=True)):
+        alone = attention.attention_maps(*block, heads, bias)
+        assert all(torch.equal(x[layer], y) for x, y in zip(both, alone, strict=True))
+    expected = reference.stacked_maps(q_self, k_self, q_cross, k_cross, heads, biases)
+    for actual, exact in zip(both, expected, strict=True):
+        assert_close(actual=actual, expected=exact, share=1e-6)
+
+
+@pytest.mark.parametrize("small_n", [384, 16], ids=["one-launch", "launch-per-power"])
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("total", [None, rand(2, 3, 35, 21).abs()], ids=["first", "more"])
+def test_layers_completed_together_are_added_in_order_bit_for_bit(
+    total, propagation, small_n, monkeypatch
+):
+    monkeypatch.setattr(propagate, "SMALL_N", small_n)
+    self_map, cross_map = (x.view(4, 3, 35, -1) for x in maps(12, 35, 20))
+    both = propagate.complete(self_map, cross_map, weights(35), total, propagation, 3)
+    check("complete", self_map, cross_map, weights(35), total, propagation, 3)
+    for layer in range(4):
+        one = self_map[layer], cross_map[layer]
+        total = propagate.complete(*one, weights(35), total, propagation, 3)
+    assert torch.equal(both, total)
+
+
 @pytest.mark.parametrize("joint", ["renormalise", "raw"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

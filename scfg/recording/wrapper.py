@@ -14,6 +14,9 @@ from scfg.recording.recorder import AttentionLayer, AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
 from scfg.regions import Regions, find_regions
 
+# What the last two calls said; of one type whether or not they were made, which a compiler asks.
+NO_CALLS = Evidence((0, 0)), Evidence((0, 0))
+
 
 class Recorder:
     """A network that remembers the attention of its last call: same call, same output, bit for bit.
@@ -68,7 +71,7 @@ class Recorder:
         else:
             self._recorder = TransformerRecorder(model, config, backend, keep_maps, layout)
         self.layout = layout
-        self._calls: list[Evidence] = []
+        self._calls = NO_CALLS
 
     def __call__(self, *args, **kwargs):
         """Call the network and record it.
@@ -114,17 +117,17 @@ class Recorder:
         """What a call that has been started returns."""
         try:
             output = call()
-            self._calls = [*self._calls[-1:], self._recorder.finish()]
+            self._calls = (self._calls[1], self._recorder.finish())
         except BaseException:
             self._recorder.abort()
-            self._calls = []
+            self._calls = NO_CALLS
             raise
         return output
 
     @property
     def attention(self) -> list[AttentionLayer]:
         """Layers of the last call in forward order, with their maps if ``keep_maps``."""
-        return self._recorder.layers if self._calls else []
+        return self._recorder.layers if self._calls[1].levels else []
 
     @property
     def evidence(self) -> Evidence:
@@ -133,9 +136,9 @@ class Recorder:
         Raises:
             RuntimeError: None is recorded.
         """
-        if not self._calls:
+        if not self._calls[1].levels:
             raise RuntimeError("no call is recorded")
-        return self._calls[-1]
+        return self._calls[1]
 
     @property
     def grid(self) -> Grid | None:
@@ -148,16 +151,15 @@ class Recorder:
         Raises:
             RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
         """
-        rows = [call.total(call.reductions[0]).shape[0] for call in self._calls]
-        if rows[-1:] == [2 * b]:
-            parts = [self._calls[-1].rows(0, b), self._calls[-1].rows(b, 2 * b)]
-        elif rows == [b, b]:
-            parts = self._calls
-        else:
+        before, last = self._calls
+        if last.batch == 2 * b:  # a compiler must not look at the one before
+            return dict(zip(self.order, (last.rows(0, b), last.rows(b, 2 * b)), strict=True))
+        rows = [call.batch for call in self._calls if call.levels]
+        if rows != [b, b]:
             raise RuntimeError(
                 f"guide needs one recorded call of {2 * b} rows or two of {b}, got {rows or 'none'}"
             )
-        return dict(zip(self.order, parts, strict=True))
+        return dict(zip(self.order, (before, last), strict=True))
 
     def regions(self, b: int) -> Regions:
         """Regions of b images by `branches`.
@@ -216,7 +218,7 @@ class Recorder:
     def remove(self) -> None:
         """Leave the network exactly as it was found."""
         self._recorder.remove()
-        self._calls = []
+        self._calls = NO_CALLS
 
     def __enter__(self) -> "Recorder":
         return self

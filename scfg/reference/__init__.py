@@ -11,6 +11,7 @@ from scfg.reference.attention import (
     joint_maps,
     linear_attention_map,
     split_joint,
+    stacked_maps,
 )
 from scfg.reference.evidence import complete, group_columns, power_weights, propagate
 from scfg.reference.grids import BLUR, blur, spatial_weights, spread, upsample
@@ -21,6 +22,6 @@ __all__ = [
     "BLUR", "NO_START", "attention_apply", "attention_map", "attention_maps", "blur",
     "complete", "group_columns", "guidance_norm", "guide", "guide_evidence",
     "joint_maps", "linear_attention_map", "power_weights", "propagate", "region_rates",
-    "region_sums", "segment", "spatial_weights", "split_joint", "spread", "start_is_flat",
-    "upsample",
+    "region_sums", "segment", "spatial_weights", "split_joint", "spread", "stacked_maps",
+    "start_is_flat", "upsample",
 ]  # fmt: skip

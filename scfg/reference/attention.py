@@ -60,6 +60,32 @@ def attention_maps(
     return attention_map(q_self, k_self, heads), attention_map(q_cross, k_cross, heads, key_bias)
 
 
+def stacked_maps(
+    q_self: list[Tensor],
+    k_self: list[Tensor],
+    q_cross: list[Tensor],
+    k_cross: list[Tensor],
+    heads: int,
+    key_bias: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """`attention_maps` of l transformer blocks of one shape.
+
+    Args:
+        q_self: l times (b, n, g*d).
+        k_self: l times (b, n, g*d).
+        q_cross: l times (b, n, g*d).
+        k_cross: l times (b, t, g*d).
+        heads: g.
+        key_bias: l times (b, t) for the text keys, or None.
+
+    Returns:
+        (l, b, n, n) and (l, b, n, t), rows of both sum to 1.
+    """
+    blocks = zip(q_self, k_self, q_cross, k_cross, key_bias, strict=True)
+    maps = [attention_maps(*qk, heads, bias) for *qk, bias in blocks]
+    return torch.stack([own for own, _ in maps]), torch.stack([text for _, text in maps])
+
+
 def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor:
     """Head-mean self-attention times columns, the map itself never formed.
 

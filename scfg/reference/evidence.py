@@ -72,15 +72,16 @@ def complete(
     propagation: str = "paper",
     powers: int = 4,
 ) -> Tensor:
-    """Fold one layer into the evidence of its level: propagate, renormalise over space, add.
+    """Fold layers into the evidence of their level: propagate, renormalise over space, add.
 
     With Y = propagate(S, C), extended by the column sum_{j>=1} Y_j (everything but START):
     ``total_j + Y_j / (v . Y_j)``, so that each token's map has spatial mean 1 before layers are
     added up. A column that is zero everywhere stays zero.
 
     Args:
-        self_map: (b, n, n); may be None when propagation is ``"none"``.
-        cross_map: (b, n, t), token 0 is START.
+        self_map: (b, n, n), or (l, b, n, n) of l layers, added one after another; may be None when
+            propagation is ``"none"``.
+        cross_map: (b, n, t) or (l, b, n, t), token 0 is START.
         weights: (n,) from `spatial_weights`.
         total: (b, n, t+1) evidence so far, or None for zero.
         propagation: See `propagate`.
@@ -92,6 +93,11 @@ def complete(
     Source: the code upsamples, blurs, then divides by the spatial mean; the division commutes with
     both, which are linear.
     """
+    if cross_map.dim() == 4:
+        for layer, columns in enumerate(cross_map):
+            own = None if self_map is None else self_map[layer]
+            total = complete(own, columns, weights, total, propagation, powers)
+        return total
     tokens = propagate(self_map, cross_map, propagation, powers)  # (b, n, t)
     rest = tokens[..., 1:].sum(dim=-1, keepdim=True)  # (b, n, 1)
     columns = torch.cat([tokens, rest], dim=-1)  # (b, n, t+1)
