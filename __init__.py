@@ -7,4 +7,5 @@ if __package__:  # loaded as a pack of nodes, not found on the way by a test run
     sys.path.append(str(Path(__file__).parent))
     from scfg.adapters.comfyui import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    WEB_DIRECTORY = "scfg/adapters/comfyui/web"
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

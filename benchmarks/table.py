@@ -6,13 +6,11 @@ Every number stands under the machine and the date it was measured on. Of a poin
 one machine the last is shown; a point that failed says so.
 """
 
-import csv
 from pathlib import Path
 
 from benchmarks import records
 
 ROOT = Path(__file__).parents[1]
-OBJECTS = ROOT / "benchmarks" / "results" / "objects.csv"
 NO_GPU = "No figure from a GPU yet."
 NOTHING = "No figure yet."
 
@@ -43,30 +41,6 @@ def replaced(text, name, new):
 def performance():
     """Time and memory of steps and operations, in Markdown."""
     return render(records.load())
-
-
-def objects():
-    """Objects found by each method on emoji scenes, in Markdown."""
-    head = ["scale", "method", "mean scale", "strength", "objects", "captions"]
-    head += ["minus CFG", "minus CFG, same strength"]
-    with OBJECTS.open() as file:
-        rows = list(csv.DictReader(file))
-    lines = []
-    for row in rows:
-        start = [row["scale"], row["method"].replace(" of S-CFG", "")]
-        start += [f"{float(row[key]):.1f}" for key in ("mean_scale", "strength")]
-        start += [f"{float(row[key]):.1%}" for key in ("found", "all")]
-        lines.append([*start, *(_difference(row, other) for other in ("cfg", "strength"))])
-    return _grid(head, lines)
-
-
-def _difference(row, other):
-    """A difference in points, with its interval; nothing where it is of a method from itself."""
-    value, low, high = (
-        100 * float(row[f"objects_{key}"])
-        for key in (f"minus_{other}", f"{other}_low", f"{other}_high")
-    )
-    return "" if value == low == high == 0 else f"{value:+.1f} ({low:.1f} to {high:.1f})"
 
 
 def render(rows):
@@ -171,7 +145,7 @@ def _kernels(rows):
     return f"{text}\nMeasured on {_where(rows)}.\n\n{_grid(head, lines)}"
 
 
-TABLES = {"performance": ("docs/cost.md", performance), "objects": ("docs/evidence.md", objects)}
+TABLES = {"performance": ("docs/cost.md", performance)}
 
 
 def main():

@@ -78,9 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
         "write report.html, figures and CSV there; what is done stays in DIR/units, so that the "
         "same command goes on where it was cut off"
     ))  # fmt: skip
-    add("--reduced", action="store_true", help="minutes instead of hours: fewer points and samples")
+    add("--reduced", action="store_true", help="ten minutes on two cores instead of a night")
     add("--samples", type=int, help=(
-        "images per point; default: 96 with --reduced, else 10,000 on a GPU and 1000 without"
+        "captions; default: 96 with --reduced, else 10,000 on a GPU and 768 without; a larger "
+        "number goes on from a smaller one"
     ))  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU per process")
     add("--threads", type=int, default=1, help=(

@@ -31,7 +31,7 @@ import comfy.samplers  # noqa: E402
 import comfy.supported_models  # noqa: E402
 from comfy.ldm.modules.attention import attention_basic  # noqa: E402, F401
 
-from scfg.adapters.comfyui.nodes import patch  # noqa: E402
+from scfg.adapters.comfyui.patch import patch  # noqa: E402
 from scfg.adapters.comfyui.run import ComfyRun  # noqa: E402
 
 CONFIG = scfg.SCFGConfig()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from scfg.evaluate import draw
 from scfg.evaluate.draw import Point
 from scfg.evaluate.run import one_of_all, share
 from scfg.evaluate.work import Plan
-from scfg.models import shapes
 from scfg.models.embedded import ModelConfig
 from scfg.models.unet import UNetConfig
 
@@ -22,20 +22,19 @@ UNET = UNetConfig(
     cross_attention_dim=32,
     norm_groups=8,
 )
-TINY = ModelConfig(UNET, 1, 2, words=shapes.WORDS, length=shapes.LENGTH)
+TINY = ModelConfig(UNET, text_layers=1, text_heads=2)
 
-METHODS = ("cfg", "scfg", "scfg_none", "samg")
 PLAN = Plan(
-    points=tuple(Point(method, 2.0, steps=3) for method in METHODS),
-    samples=7,
-    scenes=5,
+    points=(Point("cfg", 2.0), Point("shuffled", 2.0), Point("oracle", 2.0, 349)),
+    samples=5,
     timesteps=(400,),
     reference=6,
-    chunk=2,
     weights=("model", "judge"),
+    chunk=2,
 )
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    draw.STEPS = 3
     with one_of_all("cpu") as (rank, world, device):
         share(PLAN, Path(sys.argv[1]), Path(sys.argv[2]), rank, world, device, quiet=rank > 0)

@@ -1,6 +1,6 @@
 """The ComfyUI nodes against a real ModelPatcher and sampler, where ComfyUI can be imported."""
 
-import asyncio
+import importlib
 import importlib.util
 import uuid
 from types import SimpleNamespace
@@ -28,14 +28,16 @@ from comfy_hosts import (  # noqa: E402
     text,
 )
 
-from scfg.adapters.comfyui import comfy_entrypoint  # noqa: E402
+from scfg.adapters.comfyui.layouts import UNET  # noqa: E402
 from scfg.adapters.comfyui.nodes import (  # noqa: E402
     SemanticGuidance,
+    SemanticGuidanceMask,
     SemanticGuidanceView,
-    patch,  # noqa: E402
 )
-from scfg.adapters.comfyui.regions import clip_weights, parse_phrases  # noqa: E402
+from scfg.adapters.comfyui.patch import patch  # noqa: E402
+from scfg.adapters.comfyui.phrases import Copy, Prompt, parse_phrases, read_prompt  # noqa: E402
 from scfg.adapters.comfyui.run import KEY, ComfyRun  # noqa: E402
+from scfg.recording.layouts import Words  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +118,6 @@ def test_prompts_of_some_steps_only_take_part_there(model):
     assert all((out.labels < 77).all() for out in guide.history)
 
 
-def test_no_guidance_is_left_alone(model):
-    patched, guide = guided(model)
-    assert run(patched, cfg=1.0).equal(run(model, cfg=1.0))
-    assert not guide.history
-
-
 def test_other_patches_of_attention_and_guidance_are_kept(model):
     def rescale(args):
         return (args["cond"] * 0.9 + args["uncond"] * 0.1) * 2
@@ -165,13 +161,14 @@ def test_window_and_every(model):
     always, every_step = guided(model)
     run(always, steps=8)
     assert len(every_step.history) == 8
-    plain, never = guided(model, start=0.0, stop=0.01)
-    assert run(plain).equal(run(model)) and not never.history
+    nowhere, _ = guided(model, start=0.0, stop=0.01)
+    with pytest.raises(ValueError, match="a step of 2 between them"):
+        run(nowhere)
 
 
 def test_model_without_such_blocks_is_refused():
     odd = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(ValueError, match="Linear is neither a U-Net nor a transformer"):
         patch(odd, ComfyRun(CONFIG))
 
 
@@ -201,49 +198,125 @@ def clip():
 
 def test_phrases_are_found_in_chunks_and_weighted(model):
     assert parse_phrases("blue square: 1.5\n\n a: b: 2 ") == {"blue square": 1.5, "a: b": 2.0}
-    for bad in ("blue", "blue: -1", ": 2", "blue: x"):
+    for bad in ("blue", "blue: -1", ": 2", "blue: x", "blue: inf"):
         with pytest.raises(ValueError, match="phrase: factor"):
             parse_phrases(bad)
-    prompt = "a red circle and a green blue square"
-    table = clip_weights(clip(), prompt, {"blue square": 1.5, "red": 2.0})
-    assert table.shape == (1, 16)
-    assert [i for i in range(16) if table[0, i] != 1] == [2, 9, 10]
-    weights = torch.full((1, 77), 1.5)
-    plain, weighted = guided(model), guided(model, token_weights=weights)
+    text = "a red circle and a green blue square"
+    prompt = read_prompt(clip(), text, UNET, {"blue square": 1.5, "red": 2.0})
+    assert {i: w for i, w in enumerate(prompt.weights(16).tolist()) if w != 1} == {
+        2: 2.0, 9: 1.5, 10: 1.5,
+    }  # fmt: skip
+    assert prompt.words(16).tolist() == [-1, 0, 1, 2, 3, 4, 5, -1, -1, 6, 7, *[-1] * 5]
+    with pytest.raises(ValueError, match="has 77 tokens; got one of 16"):
+        prompt.weights(77)
+    with pytest.raises(ValueError, match=r"has no \['square blue'\]"):
+        read_prompt(clip(), text, UNET, {"square blue": 2.0})
+    words = Prompt((Copy((1,) * 77, (0,) * 77, (1.5,) * 77, False),))
+    plain, weighted = guided(model), guided(model, prompt=words)
     run(plain[0], steps=1), run(weighted[0], steps=1)
     rates = plain[1].history[0].rate, weighted[1].history[0].rate
     assert_close(actual=rates[1], expected=1.5 * rates[0], share=1e-6)
 
 
-def test_nodes_guide_and_show():
-    extension = asyncio.run(comfy_entrypoint())
-    nodes = asyncio.run(extension.get_node_list())
-    assert [node.GET_SCHEMA().node_id for node in nodes] == [
-        "SemanticGuidance",
-        "SemanticGuidanceView",
+TOKENIZERS = [
+    ("sd3_clip", "SD3Tokenizer", "l", "a (red circle:1.2) on weathered driftwood, photo"),
+    ("sd3_clip", "SD3Tokenizer", "t5xxl", "a (red circle:1.2) on weathered driftwood, photo"),
+    ("qwen_image", "QwenImageTokenizer", "qwen25_7b", "a red circle on weathered driftwood, photo"),
+    ("z_image", "ZImageTokenizer", "qwen3_4b", "a red circle on weathered driftwood, photo"),
+]
+
+
+@pytest.mark.parametrize("module, kind, name, text", TOKENIZERS, ids=lambda x: x[:9])
+def test_words_of_comfyuis_own_tokenizers(module, kind, name, text):
+    try:
+        module = importlib.import_module(f"comfy.text_encoders.{module}")
+    except ImportError:
+        pytest.skip("this ComfyUI has no such tokenizer")
+    tokenizer = getattr(module, kind)()
+    clip = SimpleNamespace(tokenize=tokenizer.tokenize_with_weights)
+    (copy,) = read_prompt(clip, text, [Words(name)], {"red circle": 2.0}).copies
+    held = getattr(tokenizer, "clip", {"l": "clip_l"}.get(name, name))
+    inner = getattr(tokenizer, held).tokenizer
+    read = [
+        inner.decode([t for t, w in zip(copy.tokens, copy.words, strict=True) if w == word])
+        for word in range(max(copy.words) + 1)
     ]
-    defaults = {
-        item.id: item.default
-        for item in SemanticGuidance.define_schema().inputs
-        if getattr(item, "default", None) is not None
-    }
-    model = make()
-    patched = SemanticGuidance.execute(model, **defaults, propagation="paper").args[0]
+    words = ["a", "red", "circle", "on", "weathered", "driftwood,", "photo"]
+    assert [word.replace(" ", "") for word in read] == words
+    assert {w for w, f in zip(copy.words, copy.weights, strict=True) if f == 2.0} == {1, 2}
+
+
+def execute(node, **given):
+    """A node as the graph calls it, with its defaults."""
+    inputs = {item.id: getattr(item, "default", None) for item in node.define_schema().inputs}
+    wanted = {name: value for name, value in inputs.items() if value is not None} | given
+    return node.execute(**wanted).args
+
+
+def test_nodes_guide_and_show(model):
+    (patched,) = execute(SemanticGuidance, model=model)
     expected, guide = guided(model)
     samples = run(patched, b=2)
     assert samples.equal(run(expected, b=2))
-    regions, rate = SemanticGuidanceView.execute(patched, {"samples": samples}, -1).args
+    look = dict(model=patched, samples={"samples": samples})
+    regions, rate = execute(SemanticGuidanceView, **look)
     assert regions.shape == rate.shape == (2, 128, 192, 3)
     labels = patched.attachments[KEY].history[-1].labels
     colours = {tuple(c) for c in regions.flatten(0, 2).tolist()}
     assert len(colours) == min(len(labels.unique()), 14)  # START, which is grey, owns nothing here
     assert labels.min() > 0
     with pytest.raises(ValueError, match="step must be"):
-        SemanticGuidanceView.execute(patched, {"samples": samples}, 5)
+        execute(SemanticGuidanceView, **look, step=5)
     with pytest.raises(ValueError, match="must come from"):
-        SemanticGuidanceView.execute(model, {"samples": samples}, 0)
-    with pytest.raises(ValueError, match="need clip"):
-        SemanticGuidance.execute(model, **defaults, propagation="paper", phrases="blue: 2")
+        execute(SemanticGuidanceView, **look | {"model": model})
+    with pytest.raises(ValueError, match="must be of the last run of the model, 2 latents"):
+        execute(SemanticGuidanceView, **look | {"samples": {"samples": samples[:1]}})
+    with pytest.raises(ValueError, match="need clip and prompt"):
+        execute(SemanticGuidance, model=model, phrases="blue: 2")
+
+
+def test_mask_is_where_the_words_of_a_phrase_own_the_image(model):
+    text = "a red circle and a green blue square"
+    words = " ".join(f"word{i}" for i in range(60)) + " " + text
+    many = SimpleNamespace(tokenize=lambda prompt: {"l": [sentence(prompt)]})
+    (patched,) = execute(SemanticGuidance, model=model, clip=many, prompt=words)
+    samples = run(patched, b=2)
+    look = dict(model=patched, samples={"samples": samples}, clip=many, prompt=words)
+    labels = patched.attachments[KEY].history[-1].labels
+    owner = int(labels.flatten().mode().values)  # token i is word i - 1
+    chosen = words.split()[owner - 1] if owner < 69 else "square"
+    (mask,) = execute(SemanticGuidanceMask, **look, phrase=chosen)
+    tokens = [i + 1 for i, word in enumerate(words.split()) if word == chosen]
+    expected = torch.isin(labels, torch.tensor(tokens))
+    assert mask.shape == (2, 128, 192) and mask.dtype == torch.float32
+    assert mask[:, 4::8, 4::8].bool().equal(expected)
+    assert mask.equal(expected.float().repeat_interleave(8, 1).repeat_interleave(8, 2))
+    for bad, error in (("  ", "phrase must be words"), ("teapot", "which has no")):
+        with pytest.raises(ValueError, match=error):
+            execute(SemanticGuidanceMask, **look, phrase=bad)
+
+
+def sentence(prompt):
+    """77 tokens, one a word."""
+    ids = [1000 + sum(map(ord, word)) for word in prompt.split()]
+    return [(i, 1.0) for i in [1, *ids, *[2] * (76 - len(ids))]]
+
+
+def test_a_guider_that_passes_by_is_an_error(model):
+    """It predicts with both prompts, but asks nobody before it combines."""
+    run_of = ComfyRun(CONFIG)
+    prompts = [[{"uuid": uuid.uuid4()}], [{"uuid": uuid.uuid4()}], [{"uuid": uuid.uuid4()}]]
+    run_of.begin_step(prompts, torch.ones(1), {})
+    run_of.begin_step(prompts, torch.ones(1), {})  # of the same step
+    with pytest.raises(RuntimeError, match="would do nothing"):
+        run_of.begin_step(prompts, torch.full((1,), 0.5), {})
+
+
+def test_no_guidance_is_said_once(model, caplog):
+    patched, guide = guided(model)
+    assert run(patched, cfg=1.0, steps=3).equal(run(model, cfg=1.0, steps=3))
+    assert not guide.history
+    assert caplog.text.count("Semantic-aware CFG does nothing: cfg is 1") == 1
 
 
 def test_prompts_under_one_id_are_told_apart():

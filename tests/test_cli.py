@@ -29,7 +29,7 @@ from scfg.drawing.picture import (
 from scfg.models.embedded import WEIGHTS
 from scfg.options import build_parser
 
-PROMPT = "a striped red circle on a green background"
+PROMPT = "a striped red penguin on a green background"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_every_option_reaches_the_request(run, monkeypatch):
 
     monkeypatch.setattr(cli, "draw", spy)
     given = ("--seed", "9", "--guidance-scale", "1.75", "--sampler", "dpmpp_2m", "--every", "2")
-    given += ("--start", "0.25", "--stop", "0.75", "--token-weight", "red circle=2")
+    given += ("--start", "0.25", "--stop", "0.75", "--token-weight", "red penguin=2")
     assert run(*given, "--backend", "torch", "--propagation", "official", "--method", "scfg") == 0
     (request,) = seen
     assert request.config.propagation == "official"
@@ -118,7 +118,7 @@ def test_every_option_reaches_the_request(run, monkeypatch):
         config=request.config,
         backend="torch",
         trace=True,
-        token_weights={"red circle": 2.0},
+        token_weights={"red penguin": 2.0},
         start=0.25,
         stop=0.75,
         every=2,
@@ -150,7 +150,7 @@ def test_an_unknown_word_is_named_with_the_known_ones_and_nothing_is_written(run
     assert run("--trace", "strips", prompt="a red hippopotamus on a green background") == 2
     message = capsys.readouterr().err
     assert "'hippopotamus'" in message
-    for word in ("red", "circle", "checkered", "background"):
+    for word in ("red", "penguin", "checkered", "background"):
         assert word in message.split("hippopotamus")[1]
     assert not list(Path().iterdir())
 
@@ -352,8 +352,8 @@ def test_the_ends_of_the_rate_bar_enclose_the_rates():
 
 
 def test_a_long_prompt_makes_the_panel_taller_not_wider(model):
-    short = "a red circle"
-    long = "red circle and blue square on green star and yellow triangle and purple"
+    short = "a red owl"
+    long = "red owl and blue car on green star and yellow house and purple"
     images = [generate(model, [text], [0], steps=2, trace=True) for text in (short, long)]
     pictures = [panel([{"scfg": image}], 1, "settings") for image in images]
     assert pictures[0].width == pictures[1].width
@@ -369,9 +369,9 @@ def test_a_token_weight_is_a_phrase_and_a_positive_factor(run, capsys, text):
 
 
 def test_window_and_token_weights_reach_the_drawing(run, model):
-    options = ("--token-weight", "red circle=2", "--start", "0.5", "--every", "2", "--quiet")
+    options = ("--token-weight", "red penguin=2", "--start", "0.5", "--every", "2", "--quiet")
     assert run("--out", "out.png", "--seed", "4", *options) == 0
     expected = generate(
-        model, [PROMPT], [4], steps=3, token_weights={"red circle": 2.0}, start=0.5, every=2
+        model, [PROMPT], [4], steps=3, token_weights={"red penguin": 2.0}, start=0.5, every=2
     )
     assert np.array_equal(cells("out.png", 1, 2)[0][1][::5, ::5], bytes_of(expected.images[0]))

@@ -1,17 +1,19 @@
-"""Emoji scenes, their judge and the paired comparison, against cases whose answers are known."""
+"""Emoji scenes, their captions and their judge, against cases whose answers are known."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_close
 
-from scfg.evaluate import objects
-from scfg.guidance import Guided
 from scfg.models import emoji, judge
-from scfg.models.text import Tokenizer
+from scfg.models.files import read_tensors
+from scfg.models.judge_training import measure, patch_classes, spoil
+from scfg.models.text import END, START, Tokenizer
 
+TOKENIZER = Tokenizer(emoji.WORDS, emoji.LENGTH)
 SCENES = emoji.sample_scenes(300, np.random.default_rng(3))
 OWL = emoji.Region("owl", colour="blue", x=20.0, y=24.0, size=30.0)
 CAR = emoji.Region("car", size_word="small", x=48.0, y=50.0, size=16.0)
@@ -23,11 +25,61 @@ def test_captions_say_what_is_there_and_fit_the_tokens():
     assert emoji.caption(scene) == (
         "a blue owl and a small car and an owl on a striped gray background"
     )
-    tokenizer = Tokenizer(emoji.WORDS, emoji.LENGTH)
     for scene in SCENES:
-        words = tokenizer.tokens(emoji.caption(scene))
-        spans = tokenizer.phrase_spans(emoji.caption(scene))
+        words = TOKENIZER.tokens(emoji.caption(scene))
+        spans = TOKENIZER.phrase_spans(emoji.caption(scene))
         assert [" ".join(words[a:b]) for a, b in spans] == [r.phrase for r in scene.regions]
+    assert TOKENIZER.phrase_spans("") == ()
+    assert TOKENIZER.phrase_spans("a red owl a") == ((2, 4), (5, 5))
+
+
+def test_tokens_round_trip_and_are_padded_with_end():
+    captions = [emoji.caption(scene) for scene in SCENES] + ["", "A Red\towl"]
+    ids = TOKENIZER(captions)
+    assert ids.shape == (302, emoji.LENGTH) and ids.dtype == torch.int64
+    for text, row in zip(captions, ids.tolist(), strict=True):
+        tokens = tuple(TOKENIZER.vocabulary[i] for i in row)
+        assert tokens == TOKENIZER.tokens(text)
+        words = tokens[1 : tokens.index(END)]
+        assert tokens[0] == START and " ".join(words) == " ".join(text.lower().split())
+        assert set(tokens[1 + len(words) :]) == {END}
+
+
+def test_unknown_and_surplus_words_are_refused_by_name():
+    with pytest.raises(ValueError, match="'circle'") as error:
+        TOKENIZER(["a red owl", "a pink circle"])
+    for word in emoji.WORDS:
+        assert word in str(error.value)
+    with pytest.raises(ValueError, match="'<start>'"):
+        TOKENIZER("<start>")
+    with pytest.raises(ValueError, match="23 words, at most 22 fit"):
+        TOKENIZER("red " * 23)
+
+
+def test_scenes_follow_from_the_generator_alone_and_pictures_not_from_their_batch():
+    assert emoji.sample_scenes(300, np.random.default_rng(3)) == SCENES
+    generator = np.random.default_rng(5)
+    assert emoji.sample_scenes(2, generator) != emoji.sample_scenes(2, generator)
+    images, masks = emoji.render(SCENES[:9])
+    for scene, *expected in zip(SCENES, images, masks, strict=False):
+        image, mask = emoji.render([scene])
+        assert_close(actual=image[0], expected=expected[0], share=1e-6)
+        assert mask[0].equal(expected[1])
+    with pytest.raises(ValueError, match="scenes is empty"):
+        emoji.render([])
+
+
+def test_stripes_are_horizontal_and_checkers_alternate_both_ways():
+    shown = {}
+    for texture in emoji.TEXTURES:
+        owl = emoji.Region("owl", x=12.0, y=12.0, size=20.0)
+        ground = emoji.Region("background", "yellow", texture=texture)
+        shown[texture] = emoji.render([emoji.Scene((owl,), ground)])[0][0, 0, 32:]
+    flat, stripes, checkers = shown.values()
+    assert (flat == flat[0, 0]).all()
+    assert (stripes == stripes[:, :1]).all() and not (stripes == stripes[:1]).all()
+    assert (checkers[:8] != checkers[8:16]).all() and (checkers[:, :8] != checkers[:, 8:16]).all()
+    assert checkers[:-8, :-8].equal(checkers[8:, 8:])
 
 
 def test_what_is_held_out_is_not_drawn_unless_asked_for():
@@ -97,39 +149,34 @@ def test_the_shipped_judge_reads_real_scenes():
     for name, share in judge.agreement(seen, scenes).items():
         if name != "all":
             assert share.nanmean() >= 0.95, name
+    stored = json.loads(read_tensors(judge.WEIGHTS)[1]["measured"])
+    for name, value in measure(read, 256).items():  # of the 4096 that were measured
+        error = (max(stored[name] * (1 - stored[name]), 1e-3) / 256) ** 0.5
+        assert abs(value - stored[name]) < 4 * error, (name, value, stored[name])
 
 
-def test_paired_differences_know_a_shift_and_a_tie():
-    rng = np.random.default_rng(0)
-    base = rng.random((200, 4))
-    base[rng.random((200, 4)) < 0.4] = np.nan
-    assert objects.paired(base, base) == (0, 0, 0)
-    mean, low, high = objects.paired(base + 0.1, base)
-    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
-    noisy = base + 0.02 + 0.3 * rng.standard_normal(base.shape)
-    mean, low, high = objects.paired(noisy, base)
-    spread = 0.3 / np.sqrt(np.isfinite(base).sum())
-    assert low < 0.02 < high and 2 * spread < high - low < 6 * spread
+def test_features_are_those_of_the_picture_alone_and_of_unit_scale_on_real_scenes():
+    images, _ = emoji.render(SCENES[:256])
+    features = judge.read(judge.load_judge(), images)[1]
+    assert features.mean(dim=0).abs().max() < 0.3 and (features.std(dim=0) - 1).abs().max() < 0.4
+    alone = judge.read(judge.load_judge(), images[7:8])[1]
+    assert_close(actual=alone[0], expected=features[7], share=1e-4)
 
 
-def test_controls_keep_what_they_are_to_keep():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.zeros(2, 4, 6, dtype=torch.int64)
-    labels[0, :, 3:] = 5
-    values = torch.tensor([[1.0, 2.0], [1.5, 9.0]])
-    rate = torch.where(labels == 5, values[:, 1:, None], values[:, :1, None])[:, None]
-    guided = Guided(rate, rate, labels, labels > 0, torch.zeros(2, dtype=torch.bool))
-    seen = {tuple(objects.shuffled(guided, generator)[0, 0, 0, [0, 5]].tolist()) for _ in range(20)}
-    assert seen == {(1.0, 2.0), (2.0, 1.0)}  # two regions, either way
-    assert objects.shuffled(guided, generator)[1].eq(1.5).all()  # one region has its own rate
-    norm = torch.ones(2, 4, 6)
-    norm[0, :, 3:] = 3
-    mean = objects.weighted_mean(rate, norm)
-    assert mean.flatten().tolist() == pytest.approx([(1 + 3 * 2) / 4, 1.5])
+def test_patches_belong_to_the_region_of_most_of_their_pixels():
+    masks = torch.zeros(1, 5, 64, 64, dtype=torch.bool)
+    masks[0, 4] = True
+    masks[0, 0, :4, :3], masks[0, 4, :4, :3] = True, False  # 12 of 16 pixels
+    masks[0, 1, :4, 4:5], masks[0, 4, :4, 4:5] = True, False  # 4 of 16
+    regions = judge.patch_regions(masks)
+    assert regions[0, 0, :3].tolist() == [0, 4, 4] and (regions[0, 1:] == 4).all()
+    classes = patch_classes([emoji.Scene((OWL, CAR), GROUND)], masks)
+    assert judge.CLASSES[classes[0, 0, 0]] == "owl" and (classes[0, 1:] == 0).all()
 
 
-def test_strata_count_every_object_once_in_size_and_in_number():
-    masks = objects.strata(SCENES)
-    for one, other in (("small", "large"), ("few", "many")):
-        assert (masks[one] ^ masks[other])[masks["objects"]].all()
-        assert masks[one].any() and masks[other].any()
+def test_spoilt_images_stay_images():
+    images, _ = emoji.render(SCENES[:16])
+    spoilt = spoil(images, torch.Generator().manual_seed(0))
+    assert spoilt.shape == images.shape and spoilt.abs().max() <= 1
+    changed = (spoilt != images).flatten(1).any(dim=1)
+    assert changed.any() and not changed.all()

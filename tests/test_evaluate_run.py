@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_every_number_is_computed_once(alone):
     assert {kind: len(next(iter(x.values()))) for kind, x in alone.items()} == {
         "reference": 6,
         "probe-400": 5,
-        **{point.name: 7 for point in PLAN.points},
+        **{point.name: 5 for point in PLAN.points},
     }
 
 
@@ -110,9 +111,33 @@ def test_four_shares_cover_all_units_without_overlap(tmp_path):
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     prepare(PLAN, tmp_path)
     prepare(PLAN, tmp_path)
-    other = Plan(PLAN.points, 8, 5, (400,), 6, 2, PLAN.weights)
-    with pytest.raises(ValueError, match="other settings"):
-        prepare(other, tmp_path)
+    with pytest.raises(ValueError, match="other weights"):
+        prepare(replace(PLAN, weights=("model", "another")), tmp_path)
+
+
+def test_more_captions_and_points_leave_the_units_that_are_done(tmp_path):
+    prepare(PLAN, tmp_path)
+    calls = []
+
+    def compute(unit):
+        calls.append(unit)
+        return {"x": torch.arange(unit.first, unit.last)}
+
+    work(PLAN, tmp_path, compute)
+    calls.clear()
+    more = replace(PLAN, samples=7, points=(*PLAN.points, Point("mean", 2.0)))
+    prepare(more, tmp_path)
+    work(more, tmp_path, compute)
+    old = {*(point.name for point in PLAN.points), "probe-400"}
+    assert {(unit.first, unit.last) for unit in calls if unit.kind in old} == {(4, 6), (6, 7)}
+    assert {unit.first for unit in calls if unit.kind == "mean-2"} == {0, 2, 4, 6}
+    assert not [unit for unit in calls if unit.kind == "reference"]
+    assert collect(more, tmp_path)["cfg-2"]["x"].tolist() == list(range(7))
+
+
+def test_the_first_captions_are_drawn_at_every_point_before_the_next():
+    firsts = [unit.first for unit in units(PLAN)]
+    assert firsts == sorted(firsts) and firsts.count(0) == 2 + len(PLAN.points)
 
 
 def parse(*arguments):
@@ -120,11 +145,13 @@ def parse(*arguments):
 
 
 def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, weights, monkeypatch):
-    methods = {"cfg": (1.0, 2.0, 4.0), "scfg": (2.0,), "samg": (2.0,)}
-    points = tuple(Point(m, s, steps=2) for m, scales in methods.items() for s in scales)
-    plan = Plan(points, 4, 4, (200, 800), 140, 70, ("model", "judge"))
+    methods = {"cfg": (2.0, 4.0, 15.0), "scfg": (4.0,), "shuffled": (4.0,)}
+    points = [Point(m, scale) for m, scales in methods.items() for scale in scales]
+    known = [replace(p, begin=349) for p in points if p.method != "shuffled"]
+    points = (*points, *known, Point("oracle", 4.0, 349))
+    plan = Plan(points, 4, (200, 800), 6, ("model", "judge"), 70)
     monkeypatch.setattr(run, "make_plan", lambda *_, **__: plan)
-    monkeypatch.setattr("scfg.evaluate.report.SAMPLES", 1)
+    monkeypatch.setattr("scfg.evaluate.draw.STEPS", 3)
     written = run.run(
         parse("--report", str(tmp_path), "--weights", str(weights), "--reduced", "--quiet")
     )
@@ -132,12 +159,15 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, weights, mo
     page = written[0].read_text(encoding="utf-8")
     for gone in ("{{", "<script src", "<link", "url(http", "#010203"):
         assert gone not in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "scfg evaluate --reduced --weights tiny.safetensors --report DIR" in page
     names = sorted(path.name for path in written if path.suffix == ".csv")
-    assert names == ["inconsistency.csv", "matched.csv", "regions.csv", "tradeoff.csv"]
-    assert (tmp_path / "samples" / "0.html").exists()
-    rows = (tmp_path / "tradeoff.csv").read_text().splitlines()
+    assert names == ["differences.csv", "points.csv", "rates.csv", "regions.csv"]
+    assert (tmp_path / "evidence.png").exists()
+    assert (
+        page.count("<li>objects found, less CFG of the same") == 3
+    )  # the answer, in three readings
+    rows = (tmp_path / "points.csv").read_text().splitlines()
     assert len(rows) == 1 + len(points)
 
 

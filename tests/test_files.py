@@ -11,7 +11,7 @@ from scfg.__main__ import main
 from scfg.adapters.checkpoints import load
 from scfg.evaluate import work
 from scfg.evaluate.draw import Point
-from scfg.models import judge, shapes_judge
+from scfg.models import judge
 from scfg.models.embedded import load_model, networks, save_weights
 from scfg.models.files import read_tensors, write_text, write_whole
 
@@ -61,12 +61,10 @@ def test_a_damaged_model_is_an_error_that_names_the_file(weights, damage):
         load_model(weights)
     with pytest.raises(ValueError, match=r"weights\.safetensors"):
         judge.load_judge(weights)
-    with pytest.raises(ValueError, match=r"weights\.safetensors"):
-        shapes_judge.load_judge(weights)
 
 
 def test_a_file_that_is_not_there_is_named():
-    for read in (load_model, judge.load_judge, shapes_judge.load_judge):
+    for read in (load_model, judge.load_judge):
         with pytest.raises(FileNotFoundError, match="nowhere"):
             read("nowhere.safetensors")
 
@@ -111,7 +109,7 @@ def test_what_is_cut_off_leaves_the_file_of_before(tmp_path):
 
 
 def test_a_damaged_unit_is_done_again_and_a_damaged_plan_is_named(tmp_path):
-    plan = work.Plan((Point("cfg", 2.0),), 4, 2, (50,), 4, 2, ("a", "b"))
+    plan = work.Plan((Point("cfg", 2.0),), 4, (50,), 4, ("a", "b"), 2)
     calls = []
 
     def compute(unit):
@@ -132,6 +130,6 @@ def test_a_damaged_unit_is_done_again_and_a_damaged_plan_is_named(tmp_path):
     cut(todo[1].path(tmp_path))
     with pytest.raises(ValueError, match=todo[1].path(tmp_path).name):
         work.collect(plan, tmp_path)
-    (tmp_path / "units" / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match=r"plan\.json is no JSON"):
+    (tmp_path / "units" / "weights.json").write_text("{")
+    with pytest.raises(ValueError, match=r"weights\.json is no JSON"):
         work.prepare(plan, tmp_path)

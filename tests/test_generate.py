@@ -9,7 +9,7 @@ from scfg import sampling
 from scfg.models.embedded import CONFIG
 from scfg.recording.predictor import guided
 
-PROMPTS = ["a striped red circle on a green background", "a blue star on a red background"]
+PROMPTS = ["a striped red penguin on a green background", "a blue star on a red background"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_an_image_does_not_depend_on_its_batch(model, method):
 
 def test_words_stand_at_their_token_and_markers_have_none(model):
     (words,) = generate(model, PROMPTS[1:], [0], steps=1).words
-    assert words == (None, *PROMPTS[1].split(), *[None] * 8)
+    assert words == (None, *PROMPTS[1].split(), *[None] * 16)
 
 
 def test_ancestral_noise_comes_from_the_seed(model):
@@ -89,7 +89,7 @@ def test_the_callback_runs_once_a_step_and_no_hook_stays(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": ["a red dog"]}, "dog"),
+        ({"prompts": ["a red hippo"]}, "hippo"),
         ({"seeds": [0, 1]}, "seeds must be one per prompt, got 2 for 1"),
         ({"prompts": [], "seeds": []}, "seeds must be one per prompt"),
         ({"method": "magic"}, "method must be one of .* got 'magic'"),
@@ -132,11 +132,11 @@ def test_regions_are_kept_between_every_so_many_steps_and_rates_are_not(model):
 
 
 def test_a_phrase_multiplies_the_rate_of_its_words(model):
-    weights = {"striped red circle": 2.0}
+    weights = {"striped red penguin": 2.0}
     plain = generate(model, PROMPTS, [3, 4], steps=1, trace=True).trace[0]
     weighted = generate(model, PROMPTS, [3, 4], steps=1, trace=True, token_weights=weights).trace[0]
     ratio = weighted.rate / plain.rate
-    inside = torch.isin(plain.labels[0], torch.tensor([2, 3, 4]))  # START, a, striped, red, circle
+    inside = torch.isin(plain.labels[0], torch.tensor([2, 3, 4]))  # START, a, striped, red, penguin
     deep = torch.nn.functional.avg_pool2d(inside[None].float(), 3, 1, 1, False, False)[0]
     assert_close(
         actual=ratio[0][deep > 0.99],

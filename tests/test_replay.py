@@ -221,20 +221,11 @@ def test_start_is_refused_where_none_is_known():
             network.guide(eps[:1], eps[1:], 4.0)
 
 
-def test_comfyui_says_that_it_does_not_record_transformers():
-    from scfg.adapters.comfyui.run import check_unet
+def test_comfyui_says_which_models_it_does_not_record():
+    from scfg.adapters.comfyui.layouts import kind_of
 
     class LTXVModel(Own):
         """Its blocks look like those of a U-Net: two modules with to_q, to_k, heads."""
 
-    with pytest.raises(ValueError, match=r"LTXVModel is not a U-Net.*plain CFG"):
-        check_unet(LTXVModel())
-
-
-def test_modular_pipelines_say_that_they_do_not_record_transformers():
-    from scfg.adapters.modular import SemanticGuidance
-
-    guider = SemanticGuidance(4.0)
-    guider.set_state(0, 4, torch.tensor(1.0))
-    with pytest.raises(ValueError, match="does not record transformers yet, got SD3"):
-        guider.prepare_models(build("sd3").model)
+    with pytest.raises(ValueError, match=r"LTXVModel is neither a U-Net nor .*plain CFG"):
+        kind_of(LTXVModel())

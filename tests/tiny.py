@@ -4,7 +4,6 @@ import torch
 
 from scfg.adapters.generate import draw as draw_pipeline
 from scfg.drawing.generate import Request, draw
-from scfg.models import shapes
 from scfg.models.embedded import ModelConfig, assemble, networks
 from scfg.models.unet import UNet, UNetConfig
 
@@ -15,8 +14,6 @@ MODEL = ModelConfig(
     UNetConfig(48, 48, (16, 32), (1, 1), 1, (1, 2), 1, 24, norm_groups=8),
     text_layers=1,
     text_heads=2,
-    words=shapes.WORDS,
-    length=shapes.LENGTH,
 )
 
 

@@ -16,17 +16,21 @@ from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, check_scale
-from scfg.recording.layouts import find_layout
+from scfg.patches import needs_uncond
+from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
 from scfg.recording.phrases import refuse_phrases
 from scfg.recording.recorder import AttentionRecorder
+from scfg.recording.replayed import TransformerRecorder
 from scfg.recording.run import Run
 
 
 class SemanticGuidance(ClassifierFreeGuidance):
     """Semantic-aware classifier-free guidance.
 
-    The pipeline calls its U-Net for the text, then for the unconditional branch; hooks that record
-    attention are on it from the first guided step of a run to the last, or until an error.
+    The pipeline calls its network, a U-Net or a transformer, for the text, then for the
+    unconditional branch; hooks that record attention are on it from the first guided step of a run
+    to the last, or until an error. A guider is not told the prompt: each column of a transformer's
+    text counts as a word.
 
     Args:
         guidance_scale: > 0.
@@ -78,8 +82,10 @@ class SemanticGuidance(ClassifierFreeGuidance):
         )
         self._weights = weights
         self._run = Run(scfg_config, backend, callback, every=every)
-        self._unet: nn.Module | None = None  # with hooks on
-        self._recorder: AttentionRecorder | None = None
+        self._unet: nn.Module | None = None  # with hooks on; a U-Net or a transformer
+        self._recorder: AttentionRecorder | TransformerRecorder | None = None
+        self._layout: Layout | None = None  # of a transformer
+        self._grid: Grid | None = None
         self._remove_hooks: Callable | None = None
         self._evidence: dict[str, Evidence] = {}  # by name of the prediction
         self._recording: str | None = None
@@ -97,25 +103,33 @@ class SemanticGuidance(ClassifierFreeGuidance):
         return self._run.records_at((self._step or 0) - int(self._start * total), total)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Get ready to record the next call of the U-Net."""
+        """Get ready to record the next call of the network."""
         super().prepare_models(denoiser)
         if not self._is_cfg_enabled() or not self._records():
             return
-        if find_layout(denoiser) is not None:
-            raise ValueError(
-                "SemanticGuidance does not record transformers yet, got "
-                f"{type(denoiser).__name__}; attach does, on classic pipelines"
-            )
         if self._unet is not denoiser:
             self.remove()
-            self._recorder = self._run.recorder(denoiser)
+            self._layout = find_layout(denoiser)
+            self._recorder = self._new_recorder(denoiser)
             self._remove_hooks = around(denoiser, self._before, self._after, self.remove)
             self._unet = denoiser
-        self._recording = self._input_predictions[self._count_prepared - 1]
+        prediction = self._input_predictions[self._count_prepared - 1]
+        if prediction == "pred_cond" or self._layout is None or needs_uncond(self._run.config):
+            self._recording = prediction
+
+    def _new_recorder(self, denoiser: nn.Module) -> AttentionRecorder | TransformerRecorder:
+        if self._layout is None:
+            return self._run.recorder(denoiser)
+        return TransformerRecorder(denoiser, self._run.config, self._run.backend)
 
     def _before(self, args: tuple, kwargs: dict) -> None:
-        if self._recording is not None:
+        if self._recording is None:
+            return
+        if self._layout is None:
             self._recorder.start(kwargs["sample"] if "sample" in kwargs else args[0])
+        else:
+            self._recorder.start(args, kwargs)
+            self._grid = self._recorder.grid
 
     def _after(self, output):
         if self._recording is not None:
@@ -131,14 +145,14 @@ class SemanticGuidance(ClassifierFreeGuidance):
         """The guided prediction of one step, (b, c, H, W).
 
         Args:
-            pred_cond: (b, c, H, W).
-            pred_uncond: (b, c, H, W), None where there is no guidance.
+            pred_cond: (b, c, H, W); of a transformer in the form that its pipeline gives it.
+            pred_uncond: Likewise, None where there is no guidance.
 
         Returns:
             GuiderOutput: pred, pred_cond, pred_uncond.
 
         Raises:
-            RuntimeError: The U-Net was not called between prepare_models and here.
+            RuntimeError: The network was not called between prepare_models and here.
         """
         if not self._is_cfg_enabled():
             return super().forward(pred_cond, pred_uncond)
@@ -156,12 +170,17 @@ class SemanticGuidance(ClassifierFreeGuidance):
     def _guide(self, pred_uncond: Tensor, pred_cond: Tensor, scale: float) -> Tensor:
         uncond, text = (self._evidence.pop(f"pred_{name}", None) for name in ("uncond", "cond"))
         if self._records():
-            if uncond is None or text is None:
+            lacks_uncond = self._layout is None or needs_uncond(self._run.config)
+            if text is None or (uncond is None and lacks_uncond):
                 raise RuntimeError(
-                    "the U-Net must be called once for each branch; a call is missing"
+                    "the network must be called once for each branch; a call is missing"
                 )
             self._run.keep_evidence(uncond=uncond, text=text)
-        return self._run.guide(pred_uncond, pred_cond, scale, self._weights).eps
+        if self._layout is None:
+            return self._run.guide(pred_uncond, pred_cond, scale, self._weights).eps
+        both = (unpack(x, self._layout, self._grid) for x in (pred_uncond, pred_cond))
+        eps = self._run.guide(*both, scale, self._weights).eps
+        return repack(eps, pred_cond, self._layout, self._grid)
 
     def _leave_after_last_step(self) -> None:
         total = self._num_inference_steps
@@ -169,7 +188,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
             self.remove()
 
     def remove(self) -> None:
-        """Leave the U-Net as it was found; needed only after a run that was interrupted."""
+        """Leave the network as it was found; needed only after a run that was interrupted."""
         if self._unet is not None:
             self._remove_hooks()
             self._recorder.remove()

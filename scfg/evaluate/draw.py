@@ -1,85 +1,94 @@
-"""Images of numbered prompts under one way of guiding, and what guidance did on the way."""
+"""Pictures of numbered captions under one way of guiding, and how strong that was on the way.
 
-from collections.abc import Sequence
+Every way is a rate: ``eps = eps_uncond + guidance_scale * rate * (eps_text - eps_uncond)``. Beside
+CFG and S-CFG there are two rivals that need no attention, and three controls: S-CFG's rate map
+replaced by its mean ("mean"), the rates of its regions dealt out among them anew ("shuffled"), and
+the true regions in place of those found ("oracle"), which needs a picture that begins as a noised
+real scene, whose masks are known.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scfg import ops, reference, sampling
-from scfg.guidance import cfg
+from scfg import reference
+from scfg.evaluate.regions import noised, true_regions
+from scfg.guidance import Guided, guide_regions
 from scfg.methods.samg import samg
-from scfg.models.embedded import CONFIG, EmbeddedModel
-from scfg.models.shapes import Scene, caption, sample_scenes
+from scfg.models.embedded import EmbeddedModel
+from scfg.models.emoji import Scene, caption, render, sample_scenes
 from scfg.recording.wrapper import UNetWrapper
+from scfg.sampling import dpmpp_2m_rule, sample
 
-CONFIGS = {  # ways of guiding that record attention
-    "scfg": CONFIG,
-    "scfg_none": replace(CONFIG, propagation="none"),
-    "scfg_image": replace(CONFIG, benchmark="image"),
-    "scfg_official": replace(CONFIG, propagation="official"),
+VARIANTS = {  # ways of S-CFG, and what each changes in the model's constants
+    "scfg": {},
+    "scfg_official": {"propagation": "official"},
+    "scfg_none": {"propagation": "none"},
+    "scfg_image": {"benchmark": "image"},
 }
-METHODS = ("cfg", *CONFIGS, "samg")
-SMALL = 4  # patches; smaller regions are left out of the spread over regions
+CONTROLS = ("mean", "shuffled", "oracle")
+METHODS = ("cfg", *VARIANTS, "samg", "interval", *CONTROLS)
+PLAIN = ("cfg", "samg", "interval")  # read no attention
+STEPS = 20  # of DPM-Solver++(2M)
+INTERVAL = (0.2, 0.8)  # of the steps, in which the limited interval guides
 
 
 @dataclass(frozen=True)
 class Point:
-    """A way to draw images: one point of a curve.
+    """A way to draw: one point of a curve.
 
     Attributes:
         method: One of `METHODS`.
         guidance_scale: > 0.
-        sampler: A deterministic one of `scfg.sampling`.
-        steps: Number of predictions.
+        begin: None: from noise. Else from the real scene, noised to the first timestep visited that
+            is not above this one.
     """
 
     method: str
     guidance_scale: float
-    sampler: str = "dpmpp_2m"
-    steps: int = 20
+    begin: int | None = None
 
     @property
     def name(self) -> str:
         """For files."""
-        return f"{self.method}-{self.guidance_scale:g}-{self.sampler}-{self.steps}"
+        begin = "" if self.begin is None else f"-from-{self.begin}"
+        return f"{self.method}-{self.guidance_scale:g}{begin}"
 
 
 def scene(index: int, seed: int) -> Scene:
-    """The scene that prompt number `index` describes; it depends on nothing else."""
+    """The scene that caption number `index` describes; it depends on nothing else."""
     return sample_scenes(1, np.random.default_rng([seed, index]))[0]
 
 
-def spread(eps_uncond: Tensor, eps: Tensor, labels: Tensor, regions: int) -> Tensor:
-    """Spatial inconsistency: how unevenly guidance acts on the regions of an image.
+def weighted_mean(rate: Tensor, norm: Tensor) -> Tensor:
+    """``sum_x rate(x) a(x) / sum_x a(x)`` of each picture, (b,), of (b, h, w) both."""
+    return (rate * norm).sum(dim=(1, 2)) / norm.sum(dim=(1, 2)).clamp_min(1e-12)
 
-    Coefficient of variation (standard deviation over mean, regions weighing alike) of the mean of
-    ``||eps - eps_uncond||`` over each region of at least `SMALL` patches.
+
+def shuffled(guided: Guided, generators: Sequence[torch.Generator]) -> Tensor:
+    """The rates of each picture's regions dealt out among these regions anew, blurred: (b, h, w).
 
     Args:
-        eps_uncond: (b, c, H, W).
-        eps: (b, c, H, W), the text prediction for guidance at one scale, or a guided prediction.
-        labels: (b, H, W) int64, owner of each pixel.
-        regions: Labels are below it.
-
-    Returns:
-        (b,), not a number where there are fewer than two such regions.
+        guided: With labels at the resolution of the rate.
+        generators: b sources of randomness.
     """
-    everything = torch.ones_like(labels, dtype=torch.bool)
-    sums = ops.region_sums(eps_uncond, eps, labels, everything, regions, 1).sum(dim=1)[:, :-1]
-    large = sums[..., 1] >= SMALL  # (b, regions)
-    means = torch.where(large, sums[..., 0] / sums[..., 1].clamp_min(1), torch.nan)
-    average = means.nanmean(dim=1)
-    variance = (means - average[:, None]).square().nanmean(dim=1)
-    return torch.where(large.sum(dim=1) > 1, variance.sqrt() / average, torch.nan)
+    maps = []
+    for labels, rate, generator in zip(guided.labels, guided.rate[:, 0], generators, strict=True):
+        tokens, regions = labels.unique(return_inverse=True)
+        values = torch.stack([rate[regions == i].mean() for i in range(len(tokens))])
+        order = torch.randperm(len(tokens), generator=generator).to(values.device)
+        maps.append(values[order][regions])
+    return reference.blur(torch.stack(maps))
 
 
 @torch.no_grad()
 def draw(
     model: EmbeddedModel, point: Point, scenes: Sequence[Scene], indices: Sequence[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draw one image per scene's caption, in one batch.
+    """Draw one picture per scene's caption, in one batch.
 
     Args:
         model: The model.
@@ -88,44 +97,95 @@ def draw(
         indices: Their b numbers: the seeds of the noise.
 
     Returns:
-        Images (b, 3, 64, 64), and float32 tensors: "scale" (b,), the mean of guidance_scale * rate
-        over pixels and steps; "strength" (b,), the same with each pixel of a step weighing as much
-        as the norm of guidance there, ``sum scale ||eta|| / sum ||eta||``; where token regions
-        exist, "spread_before" and "spread_after" (b, steps), the `spread` over them without and
-        with the rate.
+        Images (b, 3, 64, 64), and two readings of strength, (b,) float32 on the CPU: "mean_scale",
+        the mean of guidance_scale * rate over pixels and steps; "strength", the same with each
+        pixel of a step weighing as much as the norm of guidance there.
+
+    Raises:
+        ValueError: The method is none of `METHODS`, or the oracle is to begin from noise.
     """
-    captions = [caption(s) for s in scenes]
+    check(point)
+    captions = [caption(one) for one in scenes]
     context = torch.cat([model.encode([""] * len(captions)), model.encode(captions)])
-    config, scale = CONFIGS.get(point.method), point.guidance_scale
-    unet = model.unet if config is None else UNetWrapper(model.unet, config)
-    scales, strengths, before, after = [], [], [], []
+    generators = [torch.Generator().manual_seed(index) for index in indices]
+    noise = [torch.randn(model.latent_shape, generator=g) for g in generators]
+    x = torch.stack(noise).to(context.device)
+    timesteps, truth = model.schedule.timesteps(STEPS), None
+    if point.begin is not None:
+        images, masks = render(scenes, context.device)
+        timesteps = [t for t in timesteps if t <= point.begin]
+        x = noised(model, images, x, timesteps[0])
+        truth = true_regions(model, captions, masks)
+    config = replace(model.config, **VARIANTS.get(point.method, {}))
+    unet = model.unet if point.method in PLAIN else UNetWrapper(model.unet, config)
+    means, strengths = [], []
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        eps_uncond, eps_text = unet(torch.cat([x, x]), torch.cat([t, t]), context).chunk(2)
-        if point.method == "cfg":
-            eps, rate = cfg(eps_uncond, eps_text, scale), torch.ones_like(x[:, :1])
-        elif point.method == "samg":
-            eps, rate = samg(eps_uncond, eps_text, scale)
-        else:
-            guided = unet.guide(eps_uncond, eps_text, scale)
-            eps, rate = guided.eps, guided.rate
-            regions = (guided.labels, context.shape[1])
-            before.append(spread(eps_uncond, eps_text, *regions))
-            after.append(spread(eps_uncond, eps, *regions))
-        norm = reference.guidance_norm(eps_uncond, eps_text)[:, None]  # (b, 1, H, W)
-        scales.append(scale * rate.mean(dim=(1, 2, 3)))
-        strengths.append(scale * (rate * norm).sum(dim=(1, 2, 3)) / norm.sum(dim=(1, 2, 3)))
-        return eps
+        both = unet(torch.cat([x, x]), torch.cat([t, t]), context)
+        eps_uncond, eps_text = both.chunk(2)
 
-    generators = [torch.Generator().manual_seed(index) for index in indices]
-    noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
+        def guide() -> Guided:
+            if point.method != "oracle":
+                return unet.guide(eps_uncond, eps_text, point.guidance_scale)
+            return guide_regions(eps_uncond, eps_text, truth, point.guidance_scale, config)
+
+        norm = reference.guidance_norm(eps_uncond, eps_text)  # (b, h, w)
+        done = len(means) / len(timesteps)
+        rate = rates(point, eps_uncond, eps_text, norm, done, guide, generators)
+        means.append(point.guidance_scale * rate.mean(dim=(1, 2)))
+        strengths.append(point.guidance_scale * weighted_mean(rate, norm))
+        scale = point.guidance_scale * rate[:, None]
+        return eps_uncond + scale * (eps_text - eps_uncond)
+
     try:
-        sampler = getattr(sampling, point.sampler)
-        latents = sampler(predict, noise.to(context.device), model.schedule, point.steps)
+        latents = sample(dpmpp_2m_rule(), predict, x, model.schedule, timesteps)
     finally:
-        if config is not None:
+        if unet is not model.unet:
             unet.remove()
-    found = {"scale": torch.stack(scales).mean(0), "strength": torch.stack(strengths).mean(0)}
-    if before:
-        found |= {"spread_before": torch.stack(before, 1), "spread_after": torch.stack(after, 1)}
-    return model.decode(latents), {name: x.cpu() for name, x in found.items()}
+    found = {"mean_scale": torch.stack(means).mean(0), "strength": torch.stack(strengths).mean(0)}
+    return model.decode(latents), {name: value.cpu() for name, value in found.items()}
+
+
+def check(point: Point) -> None:
+    """Raise unless a point can be drawn.
+
+    Raises:
+        ValueError: The method is none of `METHODS`, or the oracle is to begin from noise.
+    """
+    if point.method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {point.method!r}")
+    if point.method == "oracle" and point.begin is None:
+        raise ValueError("begin must be a timestep for 'oracle', which needs true masks; got None")
+
+
+def rates(
+    point: Point,
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    norm: Tensor,
+    done: float,
+    guide: Callable[[], Guided],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Rate (b, h, w) of a way to draw at one step.
+
+    Args:
+        point: How.
+        eps_uncond: (b, c, h, w).
+        eps_text: (b, c, h, w).
+        norm: (b, h, w), of guidance.
+        done: Share of the steps that came before, in [0, 1).
+        guide: S-CFG of this step, called where it is needed.
+        generators: One a picture, to shuffle.
+    """
+    if point.method == "cfg":
+        return torch.ones_like(norm)
+    if point.method == "interval":  # outside it the text's own prediction
+        inside = INTERVAL[0] <= done < INTERVAL[1]
+        return torch.full_like(norm, 1.0 if inside else 1 / point.guidance_scale)
+    if point.method == "samg":
+        return samg(eps_uncond, eps_text, point.guidance_scale)[1][:, 0]
+    guided = guide()
+    if point.method == "mean":
+        return weighted_mean(guided.rate[:, 0], norm)[:, None, None].expand_as(norm)
+    return shuffled(guided, generators) if point.method == "shuffled" else guided.rate[:, 0]

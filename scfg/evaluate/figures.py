@@ -6,29 +6,51 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scfg.models.shapes import COLOURS
+from scfg.evaluate.plan import HEADLINE
+from scfg.models.files import write_whole
 
 NAMES = {
     "cfg": "CFG",
     "scfg": "S-CFG",
-    "scfg_none": "S-CFG, no self-attention",
-    "scfg_image": "S-CFG, image mean",
     "scfg_official": "S-CFG, released code's powers",
+    "scfg_none": "S-CFG, no self-attention",
+    "scfg_image": "S-CFG, relative to the image",
     "samg": "SAMG",
+    "interval": "CFG in an interval of steps",
+    "mean": "S-CFG's mean rate everywhere",
+    "shuffled": "S-CFG's rates, regions shuffled",
+    "oracle": "S-CFG on true regions",
 }
 STYLES = {  # colour and marker: legible on white and on black, and without colour
     "cfg": ("#7d8590", "o"),
     "scfg": ("#e0650a", "s"),
+    "scfg_official": ("#c79a00", "P"),
     "scfg_none": ("#2f8fd8", "v"),
     "scfg_image": ("#16a078", "^"),
-    "scfg_official": ("#c79a00", "P"),
     "samg": ("#c465a5", "D"),
+    "interval": ("#8a63d2", "X"),
+    "mean": ("#b0503c", "<"),
+    "shuffled": ("#5b9a3c", ">"),
+    "oracle": ("#d0393e", "*"),
 }
-SAMPLERS = {"dpmpp_2m": "DPM-Solver++(2M)", "ddim": "DDIM"}
+SAME = {  # readings of "the same": label, colour, marker, and shift in a figure
+    "scale": ("nominal scale", "#7d8590", "o", -0.22),
+    "mean_scale": ("mean scale", "#2f8fd8", "v", 0.0),
+    "strength": ("strength", "#e0650a", "s", 0.22),
+}
+CONTROLS = {"mean": "its mean rate", "shuffled": "its regions shuffled"}
+MEASURES = {
+    "objects": "objects found",
+    "bound": "attributes bound",
+    "count": "number right",
+    "clean": "no other noun",
+    "ground": "ground right",
+    "all": "caption wholly right",
+    "kid": "kernel distance",
+}
 INK = "#010203"  # stands for the colour of the page's text
 LOOK = {
     "axes.edgecolor": INK,
@@ -61,148 +83,117 @@ def svg(draw: Callable[[], Figure]) -> str:
 
 def png(draw: Callable[[], Figure], path: Path) -> None:
     """A figure as PNG on white."""
+    look = {"dpi": 150, "facecolor": "white", "format": "png", "metadata": {"Software": None}}
     with matplotlib.rc_context(LOOK):
-        draw().savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
+        write_whole(path, lambda aside: draw().savefig(aside, **look))
 
 
-def tradeoff(rows: Sequence[dict], quality: str = "kid") -> Figure:
-    """Quality against alignment, and both against mean scale; a line of panels per sampler."""
-    samplers = list(dict.fromkeys((row["sampler"], row["steps"]) for row in rows))
-    figure = Figure((11, 3.7 * len(samplers)), layout="constrained")
-    axes = figure.subplots(len(samplers), 3, squeeze=False)
-    title = {"kid": "KID to real scenes", "frechet": "Fréchet distance"}[quality]
-    for (sampler, steps), (both, aligned, good) in zip(samplers, axes, strict=True):
-        for method in NAMES:
-            line = [r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)]
-            line = [r for r in line if r["method"] == method and r[quality] is not None]
-            line.sort(key=lambda r: r["guidance_scale"])
-            if not line:
-                continue
-            panels = (
-                (both, "alignment", quality),
-                (aligned, "mean_scale", "alignment"),
-                (good, "mean_scale", quality),
-            )
-            for axis, x, y in panels:
-                _line(axis, line, x, y, method)
-            if method in ("cfg", "scfg"):
-                for r in line:
-                    at = (r["alignment"], r[quality])
-                    text = f"{r['guidance_scale']:g}"
-                    look = {"fontsize": 7.5, "color": STYLES[method][0]}
-                    both.annotate(text, at, (4, 4), textcoords="offset points", **look)
-        both.set(xlabel="caption attributes carried", ylabel=f"{title} (lower is better)")
-        aligned.set(xlabel="mean scale", ylabel="caption attributes carried", xscale="log")
-        good.set(xlabel="mean scale", ylabel=f"{title}", xscale="log")
-        both.set_title(f"{SAMPLERS.get(sampler, sampler)}, {steps} steps", loc="left")
-        for axis in (aligned, good):
-            scales = sorted({r["guidance_scale"] for r in rows if r["method"] == "cfg"})
-            axis.set_xticks(scales, [f"{s:g}" for s in scales])
-            axis.minorticks_off()
-        for axis in (both, good):
-            axis.set_yscale("log" if all(r[quality] > 0 for r in rows) else "linear")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+def evidence(points: Sequence[dict], differences: Sequence[dict]) -> Figure:
+    """The main figure: objects found by strength; differences by stratum, and by method."""
+    figure = Figure((13, 4.7), layout="constrained")
+    curves, strata, methods = figure.subplots(1, 3, width_ratios=(1, 1, 1))
+    _curves(curves, [r for r in points if r["begin"] is None], "strength", "objects")
+    curves.set(xlabel="strength (norm-weighted mean scale)")
+    curves.set_title("captioned objects found, %")
+    rows = [r for r in differences if (r["scale"], r["begin"]) == (HEADLINE, None)]
+    own = [r for r in rows if r["method"] == "scfg"]
+    titles = [r["measure"] for r in own if r["measure"] != "kid" and r["against"] == "strength"]
+    for against, look in SAME.items():
+        found = {r["measure"]: r for r in own if r["against"] == against}
+        _forest(strata, [found.get(title) for title in titles], look)
+    strata.set_yticks(range(len(titles)), [MEASURES.get(title, title) for title in titles])
+    strata.set_title(f"S-CFG at {HEADLINE:g} less CFG, points")
+    strata.legend(title="of the same", fontsize=8, frameon=True, framealpha=0.7)
+    lines = {
+        NAMES[r["method"]]: r
+        for r in rows
+        if (r["against"], r["measure"]) == ("strength", "objects")
+    }
+    lines |= {
+        f"S-CFG less {CONTROLS[r['against']]}": r
+        for r in own
+        if r["measure"] == "objects" and r["against"] in CONTROLS
+    }
+    label, colour, marker, _ = SAME["strength"]
+    _forest(methods, list(lines.values()), (label, colour, marker, 0.0))
+    methods.set_yticks(range(len(lines)), lines)
+    methods.set_title(f"objects found at {HEADLINE:g} less CFG\nof the same strength, points")
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
-def _line(axis, rows: Sequence[dict], x: str, y: str, method: str) -> None:
-    colour, marker = STYLES[method]
-    errors = {
-        side: [row[f"{name}_interval"] for row in rows]
-        for side, name in (("xerr", x), ("yerr", y))
-        if f"{name}_interval" in rows[0]
-    }
-    values = [[row[name] for row in rows] for name in (x, y)]
-    style = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
-    axis.errorbar(*values, **errors, **style, elinewidth=0.7, capsize=1.5, label=NAMES[method])
+def quality(points: Sequence[dict]) -> Figure:
+    """Captions wholly right, and distance from real scenes, by strength; and one by the other."""
+    figure = Figure((11, 3.9), layout="constrained")
+    right, far, both = figure.subplots(1, 3)
+    rows = [r for r in points if r["begin"] is None]
+    _curves(right, rows, "strength", "all")
+    right.set(xlabel="strength", title="captions wholly right, %")
+    for axis, x in ((far, "strength"), (both, "objects")):
+        _curves(axis, rows, x, "kid", factor=1)
+        axis.set(title="kernel distance from real scenes", yscale="log")
+    far.set(xlabel="strength")
+    both.set(xlabel="share of objects found", xscale="linear")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def known(points: Sequence[dict]) -> Figure:
+    """Pictures that begin as real scenes, whose true regions S-CFG may be given."""
+    figure = Figure((11, 3.7), layout="constrained")
+    rows = [r for r in points if r["begin"] is not None]
+    panels = (("objects", "objects found, %"), ("small", "small ones"), ("all", "captions right"))
+    for axis, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        _curves(axis, rows, "strength", name)
+        axis.set(xlabel="strength", title=title)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
 
 
 def regions(rows: Sequence[dict]) -> Figure:
     """Overlap with the true regions, by noise level, and by number of powers and resolution."""
     figure = Figure((11, 3.6), layout="constrained")
     *panels, powers = figure.subplots(1, 4, sharey=True)
-    ways = {
-        "none": (0, "#2f8fd8", "v"),
-        "official": (2, "#c79a00", "P"),
-        "paper": (4, "#e0650a", "s"),
-    }
-    for axis, kind in zip(panels, ("objects", "background", "foreground"), strict=True):
-        for name, (count, colour, marker) in ways.items():
+    ways = {"none": (0, "scfg_none"), "official": (2, "scfg_official"), "paper": (4, "scfg")}
+    kinds = {"small": "small objects", "large": "large objects", "background": "background"}
+    for axis, (kind, title) in zip(panels, kinds.items(), strict=True):
+        for name, (count, style) in ways.items():
             line = [r for r in rows if (r["propagation"], r["powers"]) == (name, count)]
             line = [r for r in line if r["level"] == "both" and r["timestep"] != "all"]
-            values = [[r[key] for r in line] for key in ("timestep", kind)]
-            errors = [r[f"{kind}_interval"] for r in line]
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}
-            axis.errorbar(*values, errors, **style, elinewidth=0.7, capsize=1.5, label=name)
-        axis.set(xlabel="timestep (noise grows)", title=kind)
+            _line(axis, line, "timestep", kind, style, name)
+        axis.set(xlabel="timestep (noise grows)", title=title)
     panels[0].set(ylabel="intersection over union", ylim=(0, 1))
     panels[0].legend(title="propagation")
     for level, style in (("16 x 16", "--"), ("8 x 8", ":"), ("both", "-")):
         line = [r for r in rows if r["level"] == level and r["timestep"] == "all"]
         line = [r for r in line if r["propagation"] in ("none", "paper")]
         values = [[r[key] for r in line] for key in ("powers", "objects")]
-        powers.plot(*values, style, color="#e0650a", marker=".", label=level)
+        powers.plot(*values, style, color=STYLES["scfg"][0], marker=".", label=level)
     powers.set(xlabel="powers of self-attention (0: none)", title="objects, all timesteps")
     powers.legend(title="maps")
     return figure
 
 
-def inconsistency(rows: Sequence[dict]) -> Figure:
-    """Spread of guidance over regions: true ones of real scenes, and found ones while sampling."""
-    figure = Figure((11, 3.7), layout="constrained")
-    real, sampled = figure.subplots(1, 2)
-    for method in NAMES:
-        line = [r for r in rows if r["regions"] == "true" and r["method"] == method]
-        if line:
-            _line(real, line, "timestep", "after", method)
-        line = [r for r in rows if r["regions"] == "found" and r["method"] == method]
-        if line:
-            scale = min((r["guidance_scale"] for r in line), key=lambda s: abs(s - 2.5))
-            line = [r for r in line if r["guidance_scale"] == scale]
-            line = [r for r in line if r["sampler"] == line[0]["sampler"]]
-            _line(sampled, line, "timestep", "after", method)
-            if method == "scfg":
-                before = [r | {"after": r["before"]} for r in line]
-                before = [r | {"after_interval": r["before_interval"]} for r in before]
-                _line(sampled, before, "timestep", "after", "cfg")
-    real.set(title="true regions of noised real scenes")
-    sampled.set(title="token regions while S-CFG draws (CFG: the same steps without rate)")
-    for axis in (real, sampled):
-        axis.set(xlabel="timestep", ylabel="spread of guidance over regions")
-        axis.invert_xaxis()
-        axis.set_ylim(bottom=0)
-    handles, labels = real.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return figure
-
-
-def segmentation(examples: Sequence[dict]) -> Figure:
-    """Regions found in noised real scenes, each in the colour that its phrase names.
-
-    Args:
-        examples: Per column "title" (str), "image" (3, 64, 64) in [-1, 1], "colours" (three names),
-            and, by row title, "found": (16, 16) int64 regions, -1 for none.
-    """
-    titles = ["noised image", *examples[0]["found"]]
-    figure = Figure((1.35 * len(examples) + 0.9, 1.35 * len(titles) + 0.4), layout="constrained")
-    axes = figure.subplots(len(titles), len(examples), squeeze=False)
-    for column, example in zip(axes.T, examples, strict=True):
-        pictures = [_pixels(example["image"])]
-        pictures += [_paint(found, example["colours"]) for found in example["found"].values()]
-        column[0].set_title(example["title"], fontsize=8)
-        for axis, picture in zip(column, pictures, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-            axis.spines[:].set_visible(False)
-    for axis, title in zip(axes[:, 0], titles, strict=True):
-        axis.set_ylabel(title, fontsize=8.5)
+def rates(rows: Sequence[dict]) -> Figure:
+    """How strongly guidance acts on true regions, and the rates S-CFG gives them."""
+    figure = Figure((11, 3.6), layout="constrained")
+    panels = {
+        "norm": "norm of guidance / mean of the picture",
+        "rate": "S-CFG's rate",
+        "true_rate": "its rate on true regions",
+    }
+    looks = {"small": "scfg", "large": "scfg_none", "background": "cfg"}
+    for axis, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for region, style in looks.items():
+            line = [r for r in rows if r["region"] == region]
+            _line(axis, line, "timestep", name, style, region)
+        axis.set(xlabel="timestep (noise grows)", title=title, ylim=(0, None))
+    axis.legend()
     return figure
 
 
 def montage(rows: Sequence[tuple[str, Tensor]]) -> Figure:
-    """Pictures (k, 3, 64, 64) uint8 of the same prompts, a titled row per way of drawing them."""
+    """Pictures (k, 3, 64, 64) uint8 of the same captions, a titled row per way of drawing them."""
     count = len(rows[0][1])
     figure = Figure((count + 1.6, len(rows) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False)
@@ -216,10 +207,36 @@ def montage(rows: Sequence[tuple[str, Tensor]]) -> Figure:
     return figure
 
 
-def _pixels(image: Tensor) -> np.ndarray:
-    return ((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy()
+def _curves(axis, rows: Sequence[dict], x: str, y: str, factor: float = 100) -> None:
+    """A line per method, its points by guidance scale."""
+    for method in dict.fromkeys(r["method"] for r in rows):
+        line = sorted((r for r in rows if r["method"] == method), key=lambda r: r["scale"])
+        _line(axis, line, x, y, method, NAMES[method], factor)
+    if x == "strength":
+        ticks = sorted({r["scale"] for r in rows if r["method"] == "cfg"})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
 
 
-def _paint(found: Tensor, colours: Sequence[str]) -> np.ndarray:
-    palette = np.array([*(COLOURS[colour] for colour in colours), (0.75, 0.75, 0.75)])
-    return palette[found.cpu().numpy()]  # -1 is the last: grey
+def _line(axis, rows: Sequence[dict], x: str, y: str, style: str, label: str, factor=1) -> None:
+    colour, marker = STYLES[style]
+    values = [[r[x] for r in rows], [factor * r[y] for r in rows]]
+    errors = [[factor * abs(r[f"{y}_{end}"] - r[y]) for r in rows] for end in ("low", "high")]
+    look = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
+    axis.errorbar(*values, errors, **look, elinewidth=0.7, capsize=1.5, label=label)
+
+
+def _forest(axis, rows: Sequence[dict | None], look: tuple[str, str, str, float]) -> None:
+    """Differences in points with their intervals, from top to bottom."""
+    label, colour, marker, shift = look
+    there = [(i, r) for i, r in enumerate(rows) if r is not None]
+    values = [100 * r["difference"] for _, r in there]
+    errors = [
+        [100 * abs(r[f"difference_{end}"] - r["difference"]) for _, r in there]
+        for end in ("low", "high")
+    ]
+    style = {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": ""}
+    axis.errorbar(values, [i + shift for i, _ in there], xerr=errors, **style, label=label)
+    axis.axvline(0, color=INK, linewidth=0.8)
+    axis.set_ylim(len(rows) - 0.5, -0.5)

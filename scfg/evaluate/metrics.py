@@ -1,143 +1,106 @@
-"""Estimates with their sampling error: means, kernel and Frechet distances, overlap of regions."""
+"""Means and paired differences with bootstrap intervals, kernel distance, overlap of regions.
 
-from collections.abc import Sequence
+Everything is measured caption by caption: (n,), or (n, k) with NaN where nothing was asked. Even a
+distance between sets is: `kernel_values` gives each picture its share of it.
+"""
+
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+RESAMPLINGS = 2000
 
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A number measured on samples, and how much each of them moves it.
 
-    To first order the error is the mean of the influences, so that a linear combination of
-    estimates, such as a difference between two methods on the same prompts and noise, is estimated
-    by the same combination of influences, whatever the samples have in common.
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval, 2.5 to 97.5 % of a bootstrap over captions."""
 
-    Attributes:
-        value: The number.
-        influences: One (n,) float64 tensor of mean 0 per independent set of samples.
-    """
-
-    value: float
-    influences: tuple[Tensor, ...]
+    mean: float
+    low: float
+    high: float
 
     @property
-    def error(self) -> float:
-        """Standard error, ``sqrt(sum_sets var(influence) / n)``."""
-        return sum((x.var() / len(x)).item() for x in self.influences) ** 0.5
-
-    @property
-    def interval(self) -> float:
-        """Half the width of the 95 % confidence interval."""
-        return 1.96 * self.error
+    def sign(self) -> int:
+        """1 or -1 where the interval leaves out 0, else 0."""
+        return (self.low > 0) - (self.high < 0)
 
 
-def combine(weights: Sequence[float], estimates: Sequence[Estimate]) -> Estimate:
-    """``sum_i weights_i estimates_i``, of estimates on the same sets of samples.
+def interval(x: Tensor, seed: int = 0) -> Interval:
+    """Mean of everything that was measured, captions being drawn anew with all they hold.
 
-    Raises:
-        ValueError: The estimates are not on the same number of samples.
+    A difference of two ways to draw the same captions from the same noise is the interval of
+    ``one - other``: what the pair has in common cancels.
+
+    Args:
+        x: (n,) or (n, k), NaN where nothing was measured.
+        seed: Of the resamplings.
+
+    Returns:
+        NaN three times where nothing was measured at all.
     """
-    sizes = {tuple(len(x) for x in estimate.influences) for estimate in estimates}
-    if len(sizes) != 1:
-        raise ValueError(f"estimates must share their sets of samples, got sizes {sorted(sizes)}")
-    pairs = list(zip(weights, estimates, strict=True))
-    columns = zip(*(estimate.influences for estimate in estimates), strict=True)
-    influences = tuple(sum(w * x for w, x in zip(weights, c, strict=True)) for c in columns)
-    return Estimate(sum(w * estimate.value for w, estimate in pairs), influences)
+    values = x.double().reshape(len(x), -1).numpy()
+    total, count = np.nansum(values, axis=1), np.isfinite(values).sum(axis=1)
+    if not count.any():
+        return Interval(*[float("nan")] * 3)
+    times = _resamplings(len(x), seed)  # (resamplings, n)
+    means = times @ total / np.maximum(times @ count, 1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(total.sum() / count.sum()), float(low), float(high))
 
 
-def mean(x: Tensor) -> Estimate:
-    """Mean of (n,) samples; those that are not a number are left out."""
-    x = x[~x.isnan()].double()
-    return Estimate(x.mean().item(), (x - x.mean(),))
+@functools.lru_cache(maxsize=4)
+def _resamplings(n: int, seed: int) -> np.ndarray:
+    """How often each of n captions is drawn, (resamplings, n)."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLINGS).astype(np.float64)
 
 
-def kernel_distance(x: Tensor, y: Tensor) -> Estimate:
-    """KID: the squared maximum mean discrepancy under the kernel ``(a . b / d + 1)^3``, unbiased.
+def kernel_values(x: Tensor, y: Tensor) -> Tensor:
+    """KID, the kernel distance between two sets, as one value for each sample of the first.
 
-    ``sum_{i != j} k(x_i, x_j) / (n (n-1)) + the same of y - 2 sum_ij k(x_i, y_j) / (n m)``; it is
-    negative as often as positive where both sets have one distribution. Influences are those of the
-    jackknife, ``2 sum_{j != i} k(x_i, x_j) / (n-2) - 2 sum_j k(x_i, y_j) / m`` less their mean,
-    and likewise for y; where the distributions are equal they are too large rather than too small.
+    KID is the squared maximum mean discrepancy under ``k(a, b) = (a . b / d + 1)^3``, unbiased:
+    ``sum_{i != j} k(x_i, x_j) / (n (n-1)) + the same of y - 2 sum_ij k(x_i, y_j) / (n m)``. The
+    values are the jackknife's, ``n KID - (n - 1) KID without x_i``: their mean is KID, and their
+    spread its error as far as it comes from x. The error of y, which all ways to draw share, is
+    not in them.
 
     Args:
         x: (n, d) features, n >= 3.
         y: (m, d) features of the reference, m >= 3.
 
     Returns:
-        The distance, computed in float64, with the influences of x and of y.
+        (n,) float64.
 
     Raises:
         ValueError: Not two such sets.
 
     Source: Binkowski et al., arXiv 1801.01401, section 4; Gretton et al., JMLR 13, 2012, lemma 6.
     """
-    _check(x, y, 3)
+    for name, z in (("x", x), ("y", y)):
+        if z.ndim != 2 or len(z) < 3 or z.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"{name} must be at least 3 samples of {x.shape[-1]} features, got {tuple(z.shape)}"
+            )
     x, y = x.double(), y.double()
     n, m = len(x), len(y)
-    own_x, own_y = _kernel_sums(x, x), _kernel_sums(y, y)
-    own_x = own_x - _kernel_diagonal(x)  # (n,), sum over j != i
-    own_y = own_y - _kernel_diagonal(y)
-    cross_x, cross_y = _kernel_sums(x, y), _kernel_sums(y, x)
-    within = own_x.sum() / (n * (n - 1)) + own_y.sum() / (m * (m - 1))
-    value = (within - 2 * cross_x.sum() / (n * m)).item()
-    influence_x = 2 * own_x / (n - 2) - 2 * cross_x / m
-    influence_y = 2 * own_y / (m - 2) - 2 * cross_y / n
-    return Estimate(value, (influence_x - influence_x.mean(), influence_y - influence_y.mean()))
+    own = _sums(x, x) - _diagonal(x)  # (n,), sum over j != i
+    cross = _sums(x, y) / m
+    within_y = (_sums(y, y) - _diagonal(y)).sum() / (m * (m - 1))
+    whole = own.sum() / (n * (n - 1)) - 2 * cross.mean() + within_y
+    rest = (own.sum() - 2 * own) / ((n - 1) * (n - 2)) - 2 * (cross.sum() - cross) / (n - 1)
+    return n * whole - (n - 1) * (rest + within_y)
 
 
-def _kernel_diagonal(x: Tensor) -> Tensor:
+def _diagonal(x: Tensor) -> Tensor:
     return (x.square().sum(dim=1) / x.shape[1] + 1) ** 3
 
 
-def _kernel_sums(x: Tensor, y: Tensor) -> Tensor:
+def _sums(x: Tensor, y: Tensor) -> Tensor:
     """``sum_j k(x_i, y_j)``, (n,), a thousand rows at a time."""
     return torch.cat([((part @ y.T / x.shape[1] + 1) ** 3).sum(dim=1) for part in x.split(1024)])
-
-
-def frechet_distance(x: Tensor, y: Tensor) -> Estimate:
-    """Squared Frechet distance between normal distributions with the moments of two sets.
-
-    ``|mu_x - mu_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x^1/2 C_y C_x^1/2)^1/2)``, covariances over
-    n - 1. Biased upwards, by about ``tr(C) / n`` and more the more dimensions there are: compare
-    only at one n. Influences are derivatives by the weights of the samples (the infinitesimal
-    jackknife).
-
-    Args:
-        x: (n, d) features, n >= 2.
-        y: (m, d) features of the reference, m > d, of full rank.
-
-    Returns:
-        The distance, computed in float64, with the influences of x and of y.
-
-    Raises:
-        ValueError: Not two such sets.
-
-    Source: Dowson and Landau, 1982; Heusel et al., arXiv 1706.08500.
-    """
-    _check(x, y, 2)
-    if len(y) <= y.shape[1]:
-        raise ValueError(f"y must have more than {y.shape[1]} samples, got {len(y)}")
-    weights = [torch.full((len(z),), 1 / len(z), dtype=torch.float64) for z in (x, y)]
-    with torch.enable_grad():
-        weights = [w.to(x.device).requires_grad_() for w in weights]
-        (mu_x, cov_x), (mu_y, cov_y) = map(_moments, (x, y), weights)
-        root = torch.linalg.cholesky(cov_y)  # R R^T = C_y: R^T C_x R has the wanted eigenvalues
-        scale = 1e-14 * cov_x.detach().trace() * cov_y.detach().trace()
-        roots = torch.linalg.eigvalsh(root.T @ cov_x @ root).clamp_min(scale).sqrt()
-        value = (mu_x - mu_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * roots.sum()
-        slopes = torch.autograd.grad(value, weights)
-    return Estimate(value.item(), tuple(slope - slope.mean() for slope in slopes))
-
-
-def _moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.double()
-    mu = weights @ x
-    centred = x - mu
-    return mu, (centred.T * weights) @ centred * (len(x) / (len(x) - 1))
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -150,12 +113,3 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"masks must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     both, either = (a & b).sum(dim=(-2, -1)), (a | b).sum(dim=(-2, -1))
     return both / either
-
-
-def _check(x: Tensor, y: Tensor, least: int) -> None:
-    for name, z in (("x", x), ("y", y)):
-        if z.ndim != 2 or len(z) < least or z.shape[1] != x.shape[1]:
-            raise ValueError(
-                f"{name} must be at least {least} samples of {x.shape[-1]} features, "
-                f"got {tuple(z.shape)}"
-            )

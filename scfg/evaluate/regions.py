@@ -1,4 +1,4 @@
-"""Regions that attention finds in noised real scenes, against the masks they were drawn with."""
+"""Regions that attention finds in noised real scenes, beside the masks they were drawn with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,16 +6,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scfg import reference
+from scfg.config import SCFGConfig
 from scfg.evaluate.metrics import overlap
-from scfg.guidance import semantic_cfg
-from scfg.models.embedded import CONFIG, EmbeddedModel, to_latents
-from scfg.models.shapes import Scene, caption, render
-from scfg.models.shapes_judge import patch_regions
+from scfg.guidance import guide_regions, semantic_cfg
+from scfg.models.embedded import EmbeddedModel, to_latents
+from scfg.models.emoji import OBJECTS, Scene, caption, render
+from scfg.models.judge import patch_regions
 from scfg.recording.wrapper import UNetWrapper
+from scfg.regions import Regions
 
-POWERS = tuple(range(1, 9))
+GROUND = OBJECTS  # number of the ground's region, after those of the objects
+POWERS = (1, 2, 3, 4, 6, 8)
 LEVELS = {"16 x 16": (1,), "8 x 8": (2,), "both": (1, 2)}  # reductions whose layers are used
-KINDS = ("phrases", "objects", "background", "foreground")
+RATED_AT = 4.0  # guidance scale of rates, which depend on it through their cap alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +30,10 @@ class Probe:
         eps_uncond: (b, c, 16, 16).
         eps_text: (b, c, 16, 16).
         layers: Per layer its reduction, self map (2b, n, n) and cross map (2b, n, t).
-        truth: (b, 16, 16) int64, region of most pixels of a patch: 0, 1 objects, 2 background.
+        truth: (b, 16, 16) int64, region of most pixels of a patch: 0 to 3 objects, 4 the ground.
         owners: (b, t) int64, region that each token names, or -1.
-        images: (b, 3, 64, 64), the noised images.
+        regions: The true ones, as the method would have them.
+        config: The constants of S-CFG that suit the model.
     """
 
     eps_uncond: Tensor
@@ -36,87 +41,100 @@ class Probe:
     layers: list[tuple[int, Tensor, Tensor]]
     truth: Tensor
     owners: Tensor
-    images: Tensor
+    regions: Regions
+    config: SCFGConfig
+
+
+def noised(model: EmbeddedModel, images: Tensor, noise: Tensor, t: int) -> Tensor:
+    """Latents of images at timestep t, ``sqrt(abar) x0 + sqrt(1 - abar) noise``."""
+    abar = model.schedule.alphas_cumprod[t].item()
+    return abar**0.5 * to_latents(images) + (1 - abar) ** 0.5 * noise
+
+
+def token_owners(model: EmbeddedModel, captions: Sequence[str]) -> Tensor:
+    """Region named by each token of scenes' captions, (b, t) int64.
+
+    -1 for the words outside phrases, START, END and padding.
+    """
+    owners = torch.full((len(captions), model.tokenizer.length), -1)
+    for row, text in zip(owners, captions, strict=True):
+        spans = model.tokenizer.phrase_spans(text)
+        for region, (first, end) in zip((*range(len(spans) - 1), GROUND), spans, strict=True):
+            row[first:end] = region
+    return owners
+
+
+def true_regions(model: EmbeddedModel, captions: Sequence[str], masks: Tensor) -> Regions:
+    """The regions that a perfect segmentation would give: each patch to its phrase's noun.
+
+    Args:
+        model: The model.
+        captions: b captions of scenes.
+        masks: (b, 5, 64, 64) of `render`.
+    """
+    truth = patch_regions(masks)
+    owners = token_owners(model, captions).to(masks.device)
+    tokens = torch.arange(owners.shape[1], device=masks.device)
+    nouns = torch.stack(
+        [torch.where(owners == r, tokens, -1).amax(dim=1) for r in range(GROUND + 1)], dim=1
+    )  # (b, 5), the last token of each phrase
+    labels = nouns.gather(1, truth.flatten(1)).view_as(truth)
+    flat = torch.zeros(len(captions), dtype=torch.bool, device=masks.device)
+    return Regions(labels, truth != GROUND, owners.shape[1], flat, rule="true masks")
 
 
 @torch.no_grad()
 def probe(model: EmbeddedModel, scenes: Sequence[Scene], indices: Sequence[int], t: int) -> Probe:
     """Noise real scenes to timestep t, each with noise of its own number, and call the U-Net."""
-    images, masks = render(scenes)
-    captions = [caption(s) for s in scenes]
+    captions = [caption(one) for one in scenes]
     context = torch.cat([model.encode([""] * len(captions)), model.encode(captions)])
+    images, masks = render(scenes, context.device)
     generators = [torch.Generator().manual_seed(index) for index in indices]
     noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
-    abar = model.schedule.alphas_cumprod[t].item()
-    x = (abar**0.5 * to_latents(images) + (1 - abar) ** 0.5 * noise).to(context.device)
-    with UNetWrapper(model.unet, CONFIG, keep_maps=True) as unet:
+    x = noised(model, images, noise.to(context.device), t)
+    with UNetWrapper(model.unet, model.config, keep_maps=True) as unet:
         eps_uncond, eps_text = unet(torch.cat([x, x]), t, context).chunk(2)
         layers = [(a.reduction, a.self_map, a.cross_map) for a in unet.attention]
-    owners = torch.stack([token_owners(model, text) for text in captions])
-    truth = patch_regions(masks)
-    parts = (truth.to(x.device), owners.to(x.device), model.decode(x / abar**0.5))
-    return Probe(eps_uncond, eps_text, layers, *parts)
+    truth, owners = patch_regions(masks), token_owners(model, captions).to(masks.device)
+    regions = true_regions(model, captions, masks)
+    return Probe(eps_uncond, eps_text, layers, truth, owners, regions, model.config)
 
 
-def token_owners(model: EmbeddedModel, text: str) -> Tensor:
-    """Region named by each token of a scene's caption, (t,) int64: 0, 1 objects, 2 background.
-
-    -1 for the words outside phrases, START, END and padding.
-    """
-    spans = model.tokenizer.phrase_spans(text)
-    owners = torch.full((model.tokenizer.length,), -1)
-    for region, (first, end) in zip((*range(len(spans) - 1), 2), spans, strict=True):
-        owners[first:end] = region
-    return owners
-
-
-def find(
-    probe: Probe, propagation: str, powers: int, level: str, guidance_scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Region of every patch, (b, 16, 16) int64 (-1: none), and foreground (b, 16, 16) bool.
+def find(probe: Probe, propagation: str, powers: int, level: str):
+    """S-CFG as it would act: `Guided` at a scale of `RATED_AT`.
 
     Args:
         probe: What the U-Net said.
         propagation: See `SCFGConfig`.
         powers: Number of powers of "paper".
         level: One of `LEVELS`.
-        guidance_scale: Regions do not depend on it.
     """
-    config = replace(CONFIG, propagation=propagation, propagation_steps=powers)
+    config = replace(probe.config, propagation=propagation, propagation_steps=max(powers, 1))
     maps = [(own, cross) for reduction, own, cross in probe.layers if reduction in LEVELS[level]]
     own_maps, cross_maps = map(list, zip(*maps, strict=True))
     predictions = (probe.eps_uncond, probe.eps_text)
-    out = semantic_cfg(*predictions, own_maps, cross_maps, guidance_scale, config)
-    return phrase_regions(out.labels, probe.owners), out.foreground
+    return semantic_cfg(*predictions, own_maps, cross_maps, RATED_AT, config)
 
 
-def phrase_regions(labels: Tensor, owners: Tensor) -> Tensor:
-    """Region (b, h, w) whose phrase each patch's token is part of, -1 for none.
-
-    Args:
-        labels: (b, h, w) int64, tokens.
-        owners: (b, t) int64 from `token_owners`.
-    """
-    return owners.gather(1, labels.flatten(1)).view_as(labels)
-
-
-def overlaps(found: Tensor, foreground: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union with the true regions, (b, 4) in the order of `KINDS`.
+def overlaps(labels: Tensor, foreground: Tensor, truth: Tensor, owners: Tensor) -> Tensor:
+    """Intersection over union with the true regions, (b, 6), NaN where there is no such region.
 
     Args:
-        found: (b, h, w) int64 regions, -1 for none.
+        labels: (b, h, w) int64, token that owns each patch.
         foreground: (b, h, w) bool.
         truth: (b, h, w) int64 regions.
+        owners: (b, t) from `token_owners`.
 
     Returns:
-        Mean over all phrases of a scene, mean over its objects, background, and the foreground
-        against the objects together.
+        Of the four objects and the ground, patches owned by any token of the phrase that names the
+        region; then the foreground against the objects together.
     """
-    each = torch.stack([overlap(found == r, truth == r) for r in range(3)], dim=1)  # (b, 3)
-    there = torch.stack([(truth == r).any(dim=2).any(dim=1) for r in range(3)], dim=1)
-    each = torch.where(there, each, torch.nan)
-    front = overlap(foreground, truth != 2)
-    return torch.stack([each.nanmean(1), each[:, :2].nanmean(1), each[:, 2], front], dim=1)
+    found = owners.gather(1, labels.flatten(1)).view_as(labels)
+    each = []
+    for r in range(GROUND + 1):
+        there = (truth == r).flatten(1).any(dim=1)
+        each.append(torch.where(there, overlap(found == r, truth == r), torch.nan))
+    return torch.stack([*each, overlap(foreground, truth != GROUND)], dim=1)
 
 
 def variants() -> list[tuple[str, int, str]]:
@@ -125,10 +143,29 @@ def variants() -> list[tuple[str, int, str]]:
     return [(name, powers, level) for level in LEVELS for name, powers in ways]
 
 
-def score(probe: Probe) -> Tensor:
-    """`overlaps` of every one of `variants`, (b, variants, 4) float32."""
-    scores = [
-        overlaps(*find(probe, name, max(powers, 1), level), probe.truth)
-        for name, powers, level in variants()
-    ]
-    return torch.stack(scores, dim=1).cpu()
+def region_means(x: Tensor, truth: Tensor) -> Tensor:
+    """Mean of x (b, h, w) over each true region, (b, 5), NaN where there is none."""
+    inside = torch.stack([truth == r for r in range(GROUND + 1)], dim=1).to(x.dtype)
+    return torch.einsum("bhw,brhw->br", x, inside) / inside.sum(dim=(2, 3))
+
+
+def score(probe: Probe) -> dict[str, Tensor]:
+    """What one noise level says, on the CPU.
+
+    Returns:
+        "overlap" (b, variants, 6), see `overlaps`; and over each true region (b, 5): "norm", the
+        mean norm of guidance in units of the picture's mean, "rate", the mean rate of S-CFG, and
+        "oracle", that with true regions.
+    """
+    scores = []
+    for way in variants():
+        seen = find(probe, *way)
+        scores.append(overlaps(seen.labels, seen.foreground, probe.truth, probe.owners))
+    norm = reference.guidance_norm(probe.eps_uncond, probe.eps_text)
+    norm = norm / norm.mean(dim=(1, 2), keepdim=True)
+    own = find(probe, probe.config.propagation, probe.config.propagation_steps, "both")
+    predictions = (probe.eps_uncond, probe.eps_text)
+    true = guide_regions(*predictions, probe.regions, RATED_AT, probe.config)
+    maps = {"norm": norm, "rate": own.rate[:, 0], "oracle": true.rate[:, 0]}
+    means = {name: region_means(x.float(), probe.truth) for name, x in maps.items()}
+    return {name: x.cpu() for name, x in {"overlap": torch.stack(scores, 1), **means}.items()}

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from scfg.evaluate.plan import make_plan
 from scfg.evaluate.report import write_report
 from scfg.evaluate.work import Plan, compute, prepare, units, work
-from scfg.models.embedded import SHAPES_WEIGHTS as WEIGHTS
-from scfg.models.embedded import load_model
-from scfg.models.shapes_judge import load_judge
+from scfg.models.embedded import WEIGHTS, load_model
+from scfg.models.judge import load_judge
+from scfg.models.unet import UNet
 
 
 def run(options: argparse.Namespace) -> list[Path]:
     """Evaluate, and return the paths of what was written; other processes than the first: none.
 
     Raises:
-        ValueError: The folder holds other settings, or an option is out of range.
+        ValueError: The folder holds the units of other weights, or an option is out of range.
         RuntimeError: The device is not there.
     """
     weights = options.weights or WEIGHTS
@@ -32,8 +32,7 @@ def run(options: argparse.Namespace) -> list[Path]:
             share(plan, options.report, weights, rank, world, device, options.quiet)
             if rank > 0:
                 return []
-            model = load_model(weights, device)
-            return write_report(plan, options.report, model, command(options))
+            return write_report(plan, options.report, command(options))
 
 
 def share(
@@ -48,7 +47,7 @@ def share(
     """Do this process's units of a plan, with a progress bar on the first, and wait for the rest.
 
     Raises:
-        ValueError: The folder holds other settings.
+        ValueError: The folder holds the units of other weights, or these are no U-Net's.
     """
     from tqdm import tqdm
 
@@ -56,6 +55,8 @@ def share(
         prepare(plan, folder)
     _wait(device)
     model, judge = load_model(weights, device), load_judge(device=device)
+    if not isinstance(model.network, UNet):
+        raise ValueError(f"weights must be a U-Net's, got those of a transformer: {weights}")
     total = len(units(plan)[rank::world])
     with tqdm(total=total, unit="unit", disable=quiet or rank > 0, file=sys.stderr) as bar:
         work(plan, folder, lambda unit: compute(unit, plan, model, judge), rank, world, bar.update)

@@ -1,33 +1,35 @@
 """The work of an evaluation in units that any process can do, in any order, once.
 
-A unit is a fixed range of numbered prompts under one `Point`, of numbered real scenes at one
-timestep, or of numbered real scenes for reference. What it computes depends on the plan and the
-weights alone, batch and all, so that the same bits come out however many processes share the units.
-Each unit is one safetensors file, written aside and moved in place: a unit is there whole, or has
-still to be done.
+A unit is a range of numbered captions under one `Point`, of the numbered real scenes that they
+describe at one timestep, or of numbered real scenes for reference. What it computes depends on the
+unit and the weights alone, batch and all, so that the same bits come out however many processes
+share the units, and a folder grows: more points or more captions leave the units that are there.
+Each unit is one safetensors file, written aside and moved in place: it is there whole, or has still
+to be done.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from scfg.evaluate.draw import Point, draw, scene
-from scfg.evaluate.inconsistency import true_spread
+from scfg.evaluate.draw import Point, check, draw, scene
 from scfg.evaluate.regions import probe, score
 from scfg.models.embedded import EmbeddedModel
+from scfg.models.emoji import render
 from scfg.models.files import read_json, read_tensors, write_text, write_whole
-from scfg.models.shapes import render
-from scfg.models.shapes_judge import Judge, agreement, read
+from scfg.models.judge import Judge, agreement, read
 
-PROMPTS, REFERENCE = 1, 2  # seeds of prompts and probed scenes, and of the reference
+CAPTIONS, REFERENCE = 1, 2  # seeds of captions and of the scenes for reference
 SHOWN = 12  # images of each point that are kept
+
+Found = dict[str, dict[str, Tensor]]  # of `collect`
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,28 @@ class Plan:
     """Everything that decides what is computed.
 
     Attributes:
-        points: Curves to measure.
-        samples: Images per point; prompt i is the same at every point, and so is its noise.
-        scenes: Real scenes that are noised, with the numbers of the first prompts.
-        timesteps: Noise levels of them.
-        reference: Real scenes that images are compared with.
-        chunk: Images, or scenes, in a unit.
+        points: Ways to draw.
+        samples: Captions; number i is the same at every point, and so is its noise.
+        timesteps: Noise levels at which the scenes that they describe are looked at.
+        reference: Real scenes that pictures are compared with.
         weights: SHA-256 of the weights of the model and of the judge.
+        chunk: Captions, or scenes, in a unit.
+
+    Raises:
+        ValueError: A point cannot be drawn.
     """
 
     points: tuple[Point, ...]
     samples: int
-    scenes: int
     timesteps: tuple[int, ...]
     reference: int
-    chunk: int
     weights: tuple[str, str]
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse points that cannot be drawn, before hours of those that can."""
+        for point in self.points:
+            check(point)
 
 
 @dataclass(frozen=True)
@@ -63,19 +71,20 @@ class Unit:
 
     def path(self, folder: Path) -> Path:
         """Its file."""
-        return folder / "units" / self.kind / f"{self.first:06d}.safetensors"
+        return folder / "units" / self.kind / f"{self.first:06d}-{self.last:06d}.safetensors"
 
 
 def units(plan: Plan) -> list[Unit]:
-    """All units of a plan, in the order in which results are put together."""
+    """All units of a plan, the first captions at every point before the next captions."""
     kinds = {"reference": plan.reference}
-    kinds |= {f"probe-{t}": plan.scenes for t in plan.timesteps}
+    kinds |= {f"probe-{t}": plan.samples for t in plan.timesteps}
     kinds |= {point.name: plan.samples for point in plan.points}
-    return [
+    found = [
         Unit(kind, first, min(first + plan.chunk, count))
         for kind, count in kinds.items()
         for first in range(0, count, plan.chunk)
     ]
+    return sorted(found, key=lambda unit: unit.first)  # stable: kinds stay in order
 
 
 def compute(unit: Unit, plan: Plan, model: EmbeddedModel, judge: Judge) -> dict[str, Tensor]:
@@ -83,37 +92,35 @@ def compute(unit: Unit, plan: Plan, model: EmbeddedModel, judge: Judge) -> dict[
     indices = range(unit.first, unit.last)
     if unit.kind == "reference":
         images = render([scene(i, REFERENCE) for i in indices])[0]
-        return {"features": read(judge, images).features}
-    scenes = [scene(i, PROMPTS) for i in indices]
+        return {"features": read(judge, images)[1]}
+    scenes = [scene(i, CAPTIONS) for i in indices]
     if unit.kind.startswith("probe-"):
-        seen = probe(model, scenes, indices, int(unit.kind.removeprefix("probe-")))
-        return {"overlap": score(seen), "spread": true_spread(seen)}
+        return score(probe(model, scenes, indices, int(unit.kind.removeprefix("probe-"))))
     point = next(point for point in plan.points if point.name == unit.kind)
     images, found = draw(model, point, scenes, indices)
-    reading = read(judge, images)
+    reading, features = read(judge, images)
     shown = max(0, min(SHOWN, unit.last) - unit.first)
     pictures = (images[:shown].cpu() * 127.5 + 127.5).round().byte()
-    found |= {"features": reading.features, "pictures": pictures}
-    return found | agreement(reading, scenes)
+    return found | {"features": features, "pictures": pictures} | agreement(reading, scenes)
 
 
 def prepare(plan: Plan, folder: Path) -> None:
-    """Make the folder of a plan, or check that it is that of the same plan.
+    """Make the folder of a plan, or check that its units are of the same weights.
 
     Raises:
-        ValueError: The folder holds another plan.
+        ValueError: They are not.
     """
     (folder / "units").mkdir(parents=True, exist_ok=True)
-    path, text = folder / "units" / "plan.json", json.dumps(asdict(plan), indent=1)
+    path = folder / "units" / "weights.json"
     if path.exists():
-        if read_json(path) != json.loads(text):
+        if read_json(path) != list(plan.weights):
             raise ValueError(
-                f"{folder} holds the units of other settings or weights: give another folder, or "
-                f"remove {folder / 'units'}"
+                f"{folder} holds the units of other weights: give another folder, or remove "
+                f"{folder / 'units'}"
             )
         return
     (folder / "units" / ".gitignore").write_text("*\n")
-    write_text(path, text)
+    write_text(path, json.dumps(plan.weights))
 
 
 def work(
@@ -144,9 +151,9 @@ def work(
         path = unit.path(folder)
         if not _is_done(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            start = time.perf_counter()
+            start = time.process_time()
             found = {name: x.contiguous() for name, x in compute_unit(unit).items()}
-            seconds = {"seconds": f"{time.perf_counter() - start:.3f}"}
+            seconds = {"seconds": f"{time.process_time() - start:.3f}"}
             write_whole(path, partial(save_file, found, metadata=seconds))
             done += 1
         after()
@@ -164,7 +171,7 @@ def _is_done(path: Path) -> bool:
         return False
 
 
-def collect(plan: Plan, folder: Path) -> dict[str, dict[str, Tensor]]:
+def collect(plan: Plan, folder: Path) -> Found:
     """Results of all units, by kind and name, rows in the order of their numbers."""
     parts: dict[str, list[dict[str, Tensor]]] = {}
     for unit in units(plan):
@@ -176,7 +183,7 @@ def collect(plan: Plan, folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def seconds_spent(plan: Plan, folder: Path) -> float:
-    """Time that all units together took."""
+    """CPU time that all units together took."""
     from safetensors import safe_open
 
     total = 0.0

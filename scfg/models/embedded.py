@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
-from scfg.models import emoji, shapes
+from scfg.models import emoji
 from scfg.models.files import read_tensors, write_whole
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.transformer import JointTransformer, TransformerConfig
@@ -19,7 +19,6 @@ from scfg.sampling import Schedule, scaled_linear
 
 FOLDER = Path(__file__).parent / "weights"
 WEIGHTS = FOLDER / "unet-emoji.safetensors"
-SHAPES_WEIGHTS = FOLDER / "unet-shapes.safetensors"
 PATCH = 4  # pixels per side of a latent
 CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is 16 x 16 and 8 x 8
 SCALE = 0.5  # latent per pixel value: less signal left at the last timestep than with 1
@@ -82,13 +81,13 @@ def read_config(fields: dict) -> ModelConfig:
     Raises:
         ValueError: A value is out of range.
         TypeError: A field is not known.
+        KeyError: The words are not there.
     """
     fields = dict(fields)
     for name, kind in (("unet", UNetConfig), ("transformer", TransformerConfig)):
         if fields.get(name) is not None:
             fields[name] = kind(**fields[name])
-    fields["words"] = tuple(fields.get("words", shapes.WORDS))  # older files do not say
-    fields.setdefault("length", shapes.LENGTH)
+    fields["words"] = tuple(fields["words"])
     return ModelConfig(**fields)
 
 
@@ -233,7 +232,7 @@ def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
     """Load an embedded model, in float32 and for inference.
 
     Args:
-        path: A file of `save_weights`; by default the emoji scenes; `SHAPES_WEIGHTS`: shapes.
+        path: A file of `save_weights`.
         device: Where to put it.
 
     Returns:
@@ -249,8 +248,7 @@ def load_model(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -
         if not x.is_floating_point():
             raise ValueError(f"{path} must hold floating point weights, got {x.dtype} in {name!r}")
     try:
-        config = json.loads(metadata["config"])
-        config = read_config(config)
+        config = read_config(json.loads(metadata["config"]))
         parts = networks(config)
         parts.load_state_dict({name: x.float() for name, x in weights.items()})
     except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:

@@ -38,7 +38,7 @@ class Layout:
 
     Attributes:
         attention: Of each block: ``("attn",)``, one softmax over text and image keys, or
-            ``("attn1", "attn2")``, the image's to itself, then to the text.
+            ``("attn1", "attn2")``, the image's to itself, then to the text. ``""`` is the block.
         grid: From the model and its call's arguments by name to (f, h, w) of the patches.
         blocks: Lists of blocks, in forward order.
         order: ``"text image"`` or ``"image text"``, of the sequence in a joint softmax.
@@ -234,7 +234,7 @@ def find_layers(
         block = next(
             (name for name in names if layer == name or layer.startswith(name + ".")), None
         )
-        modules = [f"{block}.{attention}" for attention in layout.attention]
+        modules = [f"{block}.{attention}".removesuffix(".") for attention in layout.attention]
         if not missing and not all(_has(model, module) for module in modules):
             continue
         if block is None or not all(_has(model, module) for module in modules):

@@ -36,7 +36,7 @@ class Scores:
     mask: Tensor | None
     heads: int
 
-    def rows(self, rows: slice) -> "Scores":
+    def rows(self, rows: slice | Tensor) -> "Scores":
         """Those of a part of the batch."""
         whole = self.mask is None or self.mask.dim() < 4 or self.mask.shape[0] == 1
         return Scores(

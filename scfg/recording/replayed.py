@@ -5,7 +5,7 @@ blocks when the whole network has), so that the maps of one layer are alive at a
 are not touched, and neither is the host's own attention.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class TransformerRecorder:
         backend: See `scfg.ops`.
         keep_maps: Keep each layer's maps, to be looked at; memory then grows with the layers.
         layout: Row of the model; None: looked up by its class.
+        watch: Where queries and keys come from, see `scfg.recording.replay.Watch`.
 
     Attributes:
         layout: The row.
@@ -47,6 +48,7 @@ class TransformerRecorder:
         backend: str = "auto",
         keep_maps: bool = False,
         layout: Layout | None = None,
+        watch: Callable = Watch,
     ):
         layout = find_layout(model) if layout is None else layout
         if layout is None:
@@ -68,7 +70,7 @@ class TransformerRecorder:
         chosen = {name: plain.get_submodule(name) for name in self._block_of}
         every = find_layers(model, layout, None, missing=False)
         names = [name for block in every.values() for name in block if name not in chosen]
-        self._watch = Watch(chosen, [plain.get_submodule(name) for name in names], self._ran)
+        self._watch = watch(chosen, [plain.get_submodule(name) for name in names], self._ran)
         self._weights: dict[tuple, Tensor] = {}
         self.abort()
 
@@ -92,8 +94,14 @@ class TransformerRecorder:
         Raises:
             ValueError: The call's grid cannot be told, see the layout.
         """
+        self.start_call(call_arguments(self.model, args, kwargs), words, rows)
+
+    def start_call(
+        self, call: dict, words: Tensor | None = None, rows: slice | Tensor = slice(None)
+    ) -> None:
+        """`start` from the call's arguments by name, as far as the layout needs them."""
         self.abort()
-        self._call = call_arguments(self.model, args, kwargs)
+        self._call = call
         self._grid = self.layout.grid(self.model_itself, self._call)
         self._words, self._rows = words, rows
         self.layers, self.names, self.text_masses = [], [], []
@@ -221,11 +229,11 @@ class TransformerRecorder:
                 for x, index in ((scores.q, images), (scores.k, order))
             )
             return q, k, torch.nn.functional.pad(masked, (0, n)), m - n
-        first = 0 if self.layout.order == "image text" else m - n
+        first = 0 if self.layout.order == "image text" else m - n - -n % self.layout.multiple
         q, bias = scores.q[:, first : first + n], scores.key_bias(first)
 
         def text_first(x: Tensor) -> Tensor:
-            return torch.cat([x[:, :first], x[:, first + n :], x[:, first : first + n]], dim=1)
+            return torch.cat([x[:, first + n :], x[:, :first], x[:, first : first + n]], dim=1)
 
         return q, text_first(scores.k), None if bias is None else text_first(bias), m - n
 

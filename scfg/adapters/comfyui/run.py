@@ -9,38 +9,31 @@ closure, for patchers are cloned, and copies of objects would lose touch.
 """
 
 import dataclasses
+import logging
 import uuid
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from scfg.adapters.comfyui.layouts import kind_of
+from scfg.adapters.comfyui.phrases import Prompt
+from scfg.adapters.comfyui.recorders import (
+    OTHER,
+    TEXT,
+    UNCOND,
+    Share,
+    TransformerCalls,
+    UNetCalls,
+)
 from scfg.adapters.comfyui.regions import Part, compose
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
 from scfg.guidance import Guided
-from scfg.recording.blocks import find_blocks
-from scfg.recording.recorder import AttentionRecorder
+from scfg.patches import needs_uncond
 from scfg.recording.run import Run
 
 KEY = "semantic_cfg"
-CHUNK = 77  # tokens that CLIP reads at a time, START first
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end", "default")  # of a prompt
-
-
-def check_unet(model: nn.Module) -> None:
-    """Raise unless ComfyUI's diffusion model is one whose attention can be recorded.
-
-    Raises:
-        ValueError: It is no U-Net, or has no transformer block.
-    """
-    if not hasattr(model, "input_blocks"):
-        raise ValueError(
-            f"{type(model).__name__} is not a U-Net: Semantic-aware CFG does not record ComfyUI's "
-            "transformers (SD3, Flux, Qwen-Image, Lumina, Z-Image, Wan, ...) yet, and would be "
-            "plain CFG. Take the node out, or use diffusers"
-        )
-    find_blocks(model)
 
 
 class ComfyRun:
@@ -49,6 +42,7 @@ class ComfyRun:
     Attributes:
         history: `Guided` of every step of the last run on which S-CFG acted; labels and foreground
             are per latent pixel.
+        tokens: Of the last run's text; of several prompts together.
     """
 
     def __init__(
@@ -58,12 +52,13 @@ class ComfyRun:
         start: float = 0.0,
         stop: float = 1.0,
         every: int = 1,
-        token_weights: Tensor | None = None,
+        prompt: Prompt | None = None,
     ):
         self.run = Run(config, backend, self._keep, start, stop, every)
-        self.token_weights = token_weights
+        self.prompt = prompt
         self.history: list[Guided] = []
-        self.recorders: dict[nn.Module, AttentionRecorder] = {}
+        self.tokens = 0
+        self.recorders: dict[nn.Module, UNetCalls | TransformerCalls] = {}
         self.begin_run()
 
     def _keep(self, guided: Guided) -> None:
@@ -73,14 +68,21 @@ class ComfyRun:
         """Forget the run before."""
         self.run.begin()
         self.history.clear()
-        self.acts = self.records = False
-        self.prompts: dict[uuid.UUID, tuple[int, dict]] = {}  # of the step: (0 text, 1 not), prompt
+        self.acts = self.records = self.warned = False
+        self.waiting: float | None = None  # noise level of a step that was not guided yet
+        self.prompts: dict[uuid.UUID, tuple[int, dict]] = {}  # of the step: branch, prompt
         self.seen: dict[uuid.UUID, Evidence] = {}
 
     def inject(self, patcher) -> None:
-        """Put hooks on the U-Net of a patcher."""
-        unet = patcher.model.diffusion_model
-        self.recorders[unet] = self.run.recorder(unet)
+        """Put hooks on the diffusion model of a patcher."""
+        model = patcher.model.diffusion_model
+        layout = kind_of(model).layout
+        calls = (
+            UNetCalls(model, self.run)
+            if layout is None
+            else TransformerCalls(model, self.run, layout)
+        )
+        self.recorders[model] = calls
 
     def eject(self, patcher) -> None:
         """Take them off."""
@@ -98,18 +100,27 @@ class ComfyRun:
 
         Returns:
             conds, in which no two prompts have one id.
+
+        Raises:
+            RuntimeError: There is no schedule, or the step before was guided past S-CFG.
         """
         if len(conds) < 2 or conds[0] is None or conds[1] is None:
             return conds  # not a guided prediction; the guided one may be waiting for its end
+        level = float(sigma.flatten()[0])
+        if self.waiting not in (None, level):
+            raise RuntimeError(
+                "the guider of this workflow does not ask the model's pre-CFG functions (Dual CFG "
+                "and Perp-Neg guiders do not), so that Semantic-aware CFG would do nothing"
+            )
         self.acts = self.records = True
         if not self.run.always:
             schedule = options.get("sample_sigmas")
             if schedule is None:
                 raise RuntimeError("start, stop and every need the sampler's schedule, it has none")
-            levels = [level for level in schedule.tolist() if level > 0]
-            step, steps = self.run.place(float(sigma.flatten()[0]), levels)
+            step, steps = self.run.place(level, [x for x in schedule.tolist() if x > 0])
             self.acts = self.run.acts_at(step, steps)
             self.records = self.acts and self.run.records_at(step, steps)
+        self.waiting = level if self.acts else None
         self.prompts, self.seen, told = {}, {}, []
         for branch, prompts in enumerate(conds):
             told.append(prompts and [self._tell_apart(branch, prompt) for prompt in prompts])
@@ -120,52 +131,38 @@ class ComfyRun:
         while name in self.prompts:  # ComfyUI cuts negative prompts to areas under one id
             copy += 1
             name = uuid.uuid5(prompt["uuid"], str(copy))
-        self.prompts[name] = branch, prompt
+        self.prompts[name] = min(branch, OTHER), prompt
         return {**prompt, "uuid": name} if copy else prompt
 
-    def record(self, unet: nn.Module, call: Callable, x: Tensor, context: Tensor, options: dict):
-        """Call a U-Net on x and context (b, t, c), and keep what each prompt attended to."""
-        recorder = self.recorders.get(unet)
-        names = options.get("uuids", [])
-        wanted = [self.prompts.get(name, (2,))[0] < 2 for name in names]
-        if recorder is None or not self.records or not any(wanted):
-            return call()
-        b = len(x) // len(names)
-        try:
-            recorder.start(x, self._owners(names, b, context))
-            output = call()
-            evidence = recorder.finish()
-        finally:
-            recorder.abort()
-        for i, name in enumerate(names):
-            self.seen[name] = evidence.rows(i * b, (i + 1) * b)
+    def record(self, model: nn.Module, call: Callable, x: Tensor, context: Tensor, options: dict):
+        """``call(options)`` a diffusion model on latents x and texts context (b, t, c).
+
+        What each prompt attended to is kept.
+        """
+        recorder = self.recorders.get(model)
+        shares = [self._share_of(name) for name in options.get("uuids", [])]
+        if recorder is None or not self.records or all(s.branch == OTHER for s in shares):
+            return call(options)
+        output, seen = recorder.record(call, x, context, options, shares)
+        self.seen.update(seen)
         return output
 
-    def _length(self, name: uuid.UUID) -> int | None:
-        """Tokens of a prompt, before ComfyUI repeats them to a common length."""
-        prompt = self.prompts.get(name, (2, {}))[1].get("model_conds", {}).get("c_crossattn")
-        return None if prompt is None else prompt.cond.shape[1]
-
-    def _owners(self, names: list, b: int, context: Tensor) -> Tensor | None:
-        """The token that every key counts to: repeats to the first, every START to START."""
-        keys = torch.arange(context.shape[1])
-        lengths = [self._length(name) or len(keys) for name in names]
-        if len(keys) <= CHUNK and set(lengths) == {len(keys)}:
-            return None
-        rows = []
-        for length in lengths:
-            token = keys % length
-            chunks = length > CHUNK and length % CHUNK == 0
-            rows.append(token.where(token % CHUNK != 0, 0) if chunks else token)
-        return torch.stack(rows).repeat_interleave(b, dim=0).to(context.device)
+    def _share_of(self, name: uuid.UUID) -> Share:
+        branch, prompt = self.prompts.get(name, (OTHER, {}))
+        context = prompt.get("model_conds", {}).get("c_crossattn")
+        tokens = None if context is None else context.cond.shape[1]
+        words = None
+        if self.prompt is not None and branch == TEXT and tokens is not None:
+            words = self.prompt.words(tokens)
+        return Share(name, branch, tokens, words)
 
     def combine(self, conds: list, predictions: list, x: Tensor, scale: float, sigma: Tensor):
         """Predictions with S-CFG in them: the text's is changed.
 
         Args:
             conds: As ComfyUI has them.
-            predictions: [text, unconditional, ...], each (b, c, H, W).
-            x: (b, c, H, W) noisy latent.
+            predictions: [text, unconditional, ...], each (b, c, H, W), or (b, c, f, H, W) of clips.
+            x: Noisy latent of that shape.
             scale: Guidance scale.
             sigma: (b,) noise level.
 
@@ -174,49 +171,65 @@ class ComfyRun:
 
         Raises:
             RuntimeError: A prompt was predicted without its attention being seen.
+            ValueError: Words are known, but several prompts share the image.
         """
+        self.waiting = None
+        if conds[1] is None and not self.warned:
+            self.warned = True
+            logging.warning("Semantic-aware CFG does nothing: cfg is 1, there is no guidance")
         if conds[1] is None or not self.acts:
             return predictions
-        text, uncond = predictions[:2]
+        single = x.dim() == 5 and x.shape[2] == 1  # an image, as models of clips have it
+        text, uncond = (p[:, :, 0] if single else p for p in predictions[:2])
         if self.records:
-            parts = self._parts(x, sigma)
-            regions = compose(
-                uncond=parts[1],
-                text=parts[0],
-                size=tuple(x.shape[-2:]),
-                config=self.run.config,
-                backend=self.run.backend,
-            )
-            self.run.keep(regions)
-            if self.token_weights is not None and len(parts[0]) > 1:
-                raise ValueError("weights of phrases need one prompt, this image has several")
+            self._find_regions(x, sigma)
         self.acts = self.records = False
-        rate = self.run.guide(uncond, text, scale, self.token_weights).rate
+        weights = None if self.prompt is None else self.prompt.weights(self.tokens)
+        rate = self.run.guide(uncond, text, scale, weights).rate
         changed = uncond + rate.to(text.dtype) * (text - uncond)
-        return [changed, *predictions[1:]]
+        return [changed[:, :, None] if single else changed, *predictions[1:]]
+
+    def _find_regions(self, x: Tensor, sigma: Tensor) -> None:
+        """Regions from now on are what this step's calls say."""
+        parts = self._parts(x, sigma)
+        if self.prompt is not None and len(parts[TEXT]) > 1:
+            raise ValueError("prompt and phrases need one prompt, this image has several")
+        regions = compose(
+            uncond=parts[UNCOND],
+            text=parts[TEXT],
+            size=tuple(x.shape[-2:]),
+            config=self.run.config,
+            backend=self.run.backend,
+        )
+        self.tokens = regions.tokens
+        self.run.keep(regions)
 
     def _parts(self, x: Tensor, sigma: Tensor) -> tuple[list[Part], list[Part]]:
         """The prompts of both branches that took part in the prediction."""
         branches = [], []
         for name, (branch, prompt) in self.prompts.items():
-            if branch > 1:
-                continue
-            share = _share(prompt, x, sigma)
-            if share is None:
+            share = None if branch == OTHER else _share(prompt, x, sigma)
+            if share is None or not (branch == TEXT or self._needs_uncond):
                 continue
             if name not in self.seen:
                 raise RuntimeError(
-                    "the attention of the U-Net was not seen: another node calls it another way, "
+                    "the attention of the model was not seen: another node calls it another way, "
                     "or a torch.compile of it was made before"
                 )
             evidence = self.seen[name].to(x.device)
-            tokens = self._length(name) or evidence.tokens
+            tokens = self._share_of(name).tokens or evidence.tokens
             branches[branch].append(Part(evidence, tokens, *share))
         return branches
 
+    @property
+    def _needs_uncond(self) -> bool:
+        """Whether the unconditional branch is recorded."""
+        patches = [isinstance(calls, TransformerCalls) for calls in self.recorders.values()]
+        return not any(patches) or needs_uncond(self.run.config)
+
 
 def _share(prompt: dict, x: Tensor, sigma: Tensor) -> tuple | None:
-    """Area and weight of a prompt, None where it does not take part."""
+    """Area (h, w, y, x) and weight of a prompt, None where it does not take part."""
     if not any(key in prompt for key in PARTIAL):
         return None, None
     from comfy.samplers import get_area_and_mult
@@ -225,4 +238,9 @@ def _share(prompt: dict, x: Tensor, sigma: Tensor) -> tuple | None:
     if share is None:
         return None
     weight = share.mult[:, 0] * (1e-6 if "default" in prompt else 1)
-    return None if share.area is None else tuple(share.area), weight
+    if weight.dim() == 4 and weight.shape[1] == 1:
+        weight = weight[:, 0]
+    if share.area is None:
+        return None, weight
+    half = len(share.area) // 2  # (f,) h, w, (first frame,) y, x
+    return (*share.area[half - 2 : half], *share.area[-2:]), weight
