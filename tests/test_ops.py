@@ -70,7 +70,8 @@ def test_auto_and_torch_agree_on_a_cpu_and_the_reference_is_differentiable(name)
         assert torch.equal(actual, expected)
     if name == "segment":
         return
-    leaf = next(x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point())
+    given = (x for value in args for x in (value if isinstance(value, list) else [value]))
+    leaf = next(x for x in given if isinstance(x, torch.Tensor) and x.is_floating_point())
     leaf.requires_grad_()
     for backend in ("auto", "triton"):
         with pytest.raises(RuntimeError, match=f"{name} got a tensor that requires grad"):
