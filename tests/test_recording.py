@@ -6,6 +6,8 @@ from conftest import assert_close
 from unet_hosts import ALL_LEVELS, NETS, build, hooks, tensor
 
 import scfg
+from scfg import backends
+from scfg.recording import folding
 
 
 @pytest.mark.parametrize("size", [(18, 26), (17, 25), (16, 8)])
@@ -28,6 +30,37 @@ def test_output_is_bit_identical_and_regions_equal_those_of_the_kept_maps(name, 
     assert torch.equal(out.foreground, expected.foreground)
     assert_close(actual=out.eps, expected=expected.eps, share=1e-5)
     assert hooks(net) == 0
+
+
+@pytest.mark.parametrize("budget", [2**26, 60_000, 1], ids=["all", "some", "none"])
+@pytest.mark.parametrize("name", NETS)
+def test_layers_that_are_kept_and_folded_together_say_what_they_say_one_by_one(
+    name, budget, monkeypatch
+):
+    net, args, kwargs = build(name, (17, 26))
+    found, stacked = [], []
+    run = backends.run_unchecked
+
+    def listen(operation, backend, device, arguments):
+        if operation == "stacked_maps":
+            stacked.append(len(arguments["q_self"]))
+        return run(operation, backend, device, arguments)
+
+    monkeypatch.setattr(backends, "run_unchecked", listen)
+    for room in (0, budget):
+        monkeypatch.setitem(folding.GROUP_BUDGET, "cpu", room)
+        with scfg.UNetWrapper(net, ALL_LEVELS) as unet:
+            for _ in range(2):  # nothing of one call is left to the next
+                unet(*args, **kwargs)
+            found.append(unet.evidence)
+            names = [layer.name for layer in unet.attention]
+        assert room or not stacked
+    alone, together = found
+    assert alone.reductions == together.reductions and len(names) > 1
+    for reduction in alone.reductions:
+        assert torch.equal(alone.total(reduction), together.total(reduction))
+    if budget == 2**26 and name in ("sd15", "sdxl"):
+        assert max(stacked) > 1 and sum(stacked) == 2 * len(names)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "own"])
