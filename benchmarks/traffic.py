@@ -41,7 +41,7 @@ def counting(watch: torch.Tensor | None = None):
 
     def active(pointers, mask):
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)], size
+        return pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)], size
 
     def counted_load(builder, pointers, mask, *rest):
         addresses, size = active(pointers, mask)

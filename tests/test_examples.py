@@ -29,7 +29,7 @@ def test_no_example_is_left_out():
 
 
 def test_own_loop_draws_what_the_sampler_of_the_library_draws(tmp_path):
-    own, prompt = example("own_loop"), "a red circle and a blue square on a green background"
+    own, prompt = example("own_loop"), "a red fox and a blue crab on a green background"
     model = tiny_model()
     image = own.sample(model, prompt, steps=4, seed=3)
     expected = generate(model, [prompt], [3], steps=4).images
