@@ -7,6 +7,7 @@ import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder
 
+import csrc_triton
 from benchmarks import cases, traffic, transformer_cost
 from scfg import reference
 
@@ -83,3 +84,15 @@ def test_the_joint_map_of_the_cost_table_is_what_the_definition_multiplies():
     assert rows["completion"][0] == layers * (counted.get_total_flops() - mapped)
     written = sum(x.numel() * 4 for x in (self_map, cross_map))
     assert rows["joint map, split"][1] > layers * written
+
+
+@pytest.mark.parametrize("joint", ["renormalise", "raw"])
+def test_joint_maps_are_written_once_and_keys_are_read_once_a_program(joint):
+    n, t, heads, d = 250, 21, 2, 24
+    q, k = torch.randn(1, n, heads * d).half(), torch.randn(1, t + n, heads * d).half()
+    with traffic.counting(watch=k) as counted:
+        maps = csrc_triton.joint_maps(q, k, t, heads, None, joint)
+    assert counted.stored == sum(x.nbytes for x in maps)  # the joint map itself is nowhere
+    programs = counted.watched // k.nbytes
+    assert counted.watched == programs * k.nbytes and programs == -(-n // 16)
+    assert counted.loaded == q.nbytes + counted.watched
