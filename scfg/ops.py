@@ -13,6 +13,7 @@ definition, plus ``backend``:
 from torch import Tensor
 
 from scfg import backends, checks
+from scfg.config import JOINTS
 
 
 def attention_map(
@@ -118,8 +119,8 @@ def joint_maps(
         )
     if key_bias is not None:
         checks.shape(key_bias, "key_bias", q.shape[0], k.shape[1])
-    if joint not in ("renormalise", "raw"):
-        raise ValueError(f"joint must be 'renormalise' or 'raw', got {joint!r}")
+    if joint not in JOINTS:
+        raise ValueError(f"joint must be one of {JOINTS}, got {joint!r}")
     return backends.run(
         "joint_maps",
         backend,

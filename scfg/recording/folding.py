@@ -186,10 +186,15 @@ class Folding:
         bias = None
         if layer.cross_bias is not None:
             bias = torch.cat([layer.cross_bias, layer.self_bias], dim=1)  # (b, t+n)
-        heads = layer.cross_heads
-        joint = self._run("attention_map", q=layer.q_cross, k=keys, heads=heads, key_bias=bias)
-        t = layer.k_cross.shape[1]
-        return joint[..., t:], joint[..., :t]
+        return self._run(
+            "joint_maps",
+            q=layer.q_cross,
+            k=keys,
+            token_count=layer.k_cross.shape[1],
+            heads=layer.cross_heads,
+            key_bias=bias,
+            joint="raw",
+        )
 
     def _owned(self, cross_map: Tensor) -> Tensor:
         """Attention to a key counted to the token that owns it."""
