@@ -39,7 +39,7 @@ def _blurred_level(x_ptr, column, active, stride, top, left, h, w,
     active_y = (y < tl.minimum(y_end, (h - 1) // FACTOR + 1))[:, None, None] & active[None, None, :]
     vertical = _blurred_upsampling(top + tl.arange(0, ROWS), y, h, FACTOR)
     total = tl.full((COLS, ROWS * COLUMNS), 0.0, tl.float32)
-    for part in range(x_first, x_end, 16):
+    for part in tl.range(x_first, x_end, 16, num_stages=1):  # fetched ahead, it spills on sm_80
         x = part + tl.arange(0, 16)
         offset = ((y[:, None] * width + x[None, :]) * stride)[:, :, None] + column[None, None, :]
         inside = active_y & (x < x_end)[None, :, None]
