@@ -2,10 +2,11 @@
 
 One replay of a CUDA graph runs an operation on many copies of its inputs, which together exceed the
 L2 cache, each writing a result of its own; its time over their number is one sample. The same on
-one set of inputs, which then come from the cache, is its warm time. Beside it stand two floors: bytes that must move over the bandwidth of a large copy, and operations that must
-be done over the rate of a large matrix product, or of exponentials, whichever is longer. All three
-ceilings are measured here. A product of float32 inputs is counted as three tf32 products, the
-cheapest way to keep float32 accuracy on tensor cores. The command is `benchmarks.gpu_check`.
+one set of inputs, which then come from the cache, is its warm time. Beside it stand two floors:
+bytes that must move over the bandwidth of a large copy, and operations that must be done over the
+rate of a large matrix product, or of exponentials, whichever is longer. All three ceilings are
+measured here. A product of float32 inputs is counted as three tf32 products, the cheapest way to
+keep float32 accuracy on tensor cores. The command is `benchmarks.gpu_check`.
 """
 
 import itertools
