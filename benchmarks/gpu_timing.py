@@ -80,7 +80,7 @@ def timed(run, sets, device):
         return results  # of different inputs kept apart; of the same in one place
 
     replay, kept = capture(run_all) if device == "cuda" else (run_all, None)
-    taken = [x / len(sets) for x in seconds(replay, device, REPLAYS if device == "cuda" else 3)]
+    taken = [x / len(sets) for x in seconds(replay, device, REPLAYS if device == "cuda" else 1)]
     del kept
     return percentiles(taken)
 
