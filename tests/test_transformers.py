@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformer_hosts import HOSTS, B, build, output
 
 import scfg
-from scfg.recording.layouts import find_layout, unpack
+from scfg.recording.layouts import find_layout
+from scfg.recording.packing import unpack
 from scfg.recording.replayed import TransformerRecorder
 
 READ = {
