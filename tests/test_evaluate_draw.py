@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close
-from evaluate_worker import TINY
-from tiny import generate
+from tiny import generate, tiny_model
 
 from scfg import reference
 from scfg.evaluate import draw as drawing
@@ -26,7 +25,7 @@ from scfg.evaluate.regions import (
 )
 from scfg.guidance import Guided, guide_regions
 from scfg.methods.samg import samg
-from scfg.models.embedded import CONFIG, assemble, networks, to_latents
+from scfg.models.embedded import CONFIG, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.judge import patch_regions
 from scfg.regions import Regions
@@ -37,10 +36,7 @@ CAPTIONS = [caption(one) for one in SCENES]
 
 @pytest.fixture(scope="module")
 def model():
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        parts = networks(TINY)
-    return assemble(parts.eval().requires_grad_(False), TINY)
+    return tiny_model(1)
 
 
 @pytest.fixture
