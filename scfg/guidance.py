@@ -1,6 +1,5 @@
 """CFG and S-CFG as functions of two predictions."""
 
-import numbers
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,6 @@ from scfg import checks, ops
 from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence, fold_maps, map_grid
 from scfg.regions import Regions, evidence_levels, find_regions, unet_benchmark
-
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +42,8 @@ def check_scale(guidance_scale: float | Tensor) -> None:
         TypeError: It is neither.
         ValueError: It is out of range.
     """
-    if isinstance(guidance_scale, Tensor):
-        return
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
-        raise TypeError(f"guidance_scale must be a number or a tensor, got {guidance_scale!r}")
-    if not SMALLEST <= guidance_scale <= LARGEST:
-        raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
+    if not isinstance(guidance_scale, Tensor):
+        checks.positive(guidance_scale, "guidance_scale")
 
 
 def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> float | Tensor:
@@ -87,8 +80,11 @@ def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) ->
         (b, c, H, W) in the type of eps_text, computed in float32 at least.
 
     Raises:
-        ValueError: guidance_scale is not finite and > 0.
+        ValueError: guidance_scale is not finite and > 0, or the predictions differ in shape.
+        TypeError: An argument is of another type.
     """
+    checks.shape(eps_text, "eps_text", "b", "c", "H", "W")
+    checks.shape(eps_uncond, "eps_uncond", *eps_text.shape)
     wide = torch.promote_types(eps_text.dtype, torch.float32)
     scale = as_scale(guidance_scale, eps_text)
     if isinstance(scale, Tensor):
@@ -286,6 +282,8 @@ def semantic_cfg(
     Source: Shen et al., CVPR 2024, arXiv 2404.05384; see `SCFGConfig` for where the code differs.
     """
     check_config(config)
+    checks.listed(self_maps, "self_maps", "layer")
+    checks.listed(cross_maps, "cross_maps", "layer")
     if len(self_maps) != len(cross_maps) or not self_maps:
         raise ValueError(
             "self_maps and cross_maps must have one entry per layer, at least one, "

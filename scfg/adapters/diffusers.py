@@ -17,11 +17,12 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.adapters.around import around, is_marked, mark
 from scfg.adapters.formula import Formula
 from scfg.adapters.pipelines import attach_transformers, transformers_of
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided, check_scale
+from scfg.guidance import Guided
 from scfg.recording.phrases import phrase_weights
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.run import Run
@@ -89,7 +90,7 @@ def attach(
         A context manager, whose value is pipe.
 
     Raises:
-        TypeError: config is no SCFGConfig.
+        TypeError: config is no SCFGConfig, or guidance_scale, start or stop no number.
         ValueError: start, stop, every or backend is out of range; on entering the block: the
             pipeline has no U-Net, or is attached to already; guidance_scale is missing or
             superfluous; from the pipeline's call: a phrase is not in a prompt.
@@ -117,7 +118,7 @@ def _attached(pipe, guidance_scale, run: Run, token_weights, observe: bool) -> I
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
     if guidance_scale is not None:
-        check_scale(guidance_scale)
+        checks.positive(guidance_scale, "guidance_scale")
     attached = _Attached(pipe, guidance_scale, run, token_weights, observe)
     try:
         attached.add(unet)

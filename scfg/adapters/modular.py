@@ -12,6 +12,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
@@ -48,7 +49,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
 
     Raises:
         ValueError: guidance_scale, a constant, every, start or stop is out of range.
-        TypeError: guidance_scale is no number, or token_weights are phrases.
+        TypeError: guidance_scale, start or stop is no number, or token_weights are phrases.
     """
 
     ignore_for_config = ["callback"]  # noqa: RUF012  (the host reads it from the class)
@@ -70,6 +71,8 @@ class SemanticGuidance(ClassifierFreeGuidance):
     ):
         check_scale(guidance_scale)
         refuse_phrases(token_weights)
+        for name, share in (("start", start), ("stop", stop)):
+            checks.real(share, name)
         super().__init__(
             guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
         )
