@@ -199,7 +199,9 @@ def _fake_apply(q, k, columns, heads):
 def _fake_region_sums(eps_uncond, eps_text, labels, foreground, token_count, factor):
     b, _, height, width = eps_text.shape
     on_gpu = eps_text.is_cuda and supported(eps_text.device)
-    parts = kernel("partials")(height * width) if on_gpu else 1
+    parts = 1
+    if on_gpu:
+        parts = importlib.import_module("csrc_triton.guidance").partials(height * width)
     return eps_text.new_empty((b, parts, token_count + 1, 2), dtype=_wide(eps_text))
 
 

@@ -10,6 +10,7 @@ definition, plus ``backend``:
 - ``"triton"``: Triton or an error. Kernels take float16, bfloat16 and float32.
 """
 
+import torch
 from torch import Tensor
 
 from scfg import backends, checks
@@ -63,42 +64,10 @@ def stacked_maps(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Maps of several blocks of one shape, see `scfg.reference.stacked_maps`."""
-    blocks = dict(q_self=q_self, k_self=k_self, q_cross=q_cross, k_cross=k_cross, key_bias=key_bias)
-    for name, layers in blocks.items():
-        if not isinstance(layers, (list, tuple)):
-            raise TypeError(
-                f"{name} must be a list, one entry a layer, got {type(layers).__name__}"
-            )
-        if not layers or len(layers) != len(q_self):
-            raise ValueError(
-                f"{name} must have as many layers as q_self, {len(q_self)}, at least one, got "
-                f"{len(layers)}"
-            )
-    checks.queries_and_keys(q_self[0], k_self[0], heads, "_self[0]")
-    checks.queries_and_keys(q_cross[0], k_cross[0], heads, "_cross[0]")
-    checks.shape(q_cross[0], "q_cross[0]", *q_self[0].shape)
-    if key_bias[0] is not None:
-        checks.shape(key_bias[0], "key_bias[0]", q_cross[0].shape[0], k_cross[0].shape[1])
-    for name, layers in blocks.items():
-        first = layers[0]
-        for layer, x in enumerate(layers[1:], 1):
-            if first is not None or x is not None:
-                _alike(x, first, f"{name}[{layer}]")
-    return backends.run(
-        "stacked_maps",
-        backend,
-        **{name: list(layers) for name, layers in blocks.items()},
-        heads=heads,
-    )
-
-
-def _alike(x: Tensor, first: Tensor, name: str) -> None:
-    """Raise unless a layer's tensor is one of the first layer's shape and type."""
-    if not isinstance(first, Tensor):
-        raise TypeError(f"{name} must be None, as of the first layer, got {type(x).__name__}")
-    checks.shape(x, name, *first.shape)
-    if x.dtype != first.dtype:
-        raise TypeError(f"{name} must be {first.dtype}, as of the first layer, got {x.dtype}")
+    layers = dict(q_self=q_self, k_self=k_self, q_cross=q_cross, k_cross=k_cross, key_bias=key_bias)
+    checks.blocks(layers, heads)
+    lists = {name: list(each) for name, each in layers.items()}
+    return backends.run("stacked_maps", backend, **lists, heads=heads)
 
 
 def joint_maps(
@@ -112,15 +81,15 @@ def joint_maps(
 ) -> tuple[Tensor, Tensor]:
     """Self and cross map under one softmax, see `scfg.reference.joint_maps`."""
     checks.queries_and_keys(q, k, heads)
-    if not 1 <= token_count < k.shape[1]:
+    checks.whole(token_count, "token_count")
+    if token_count >= k.shape[1]:
         raise ValueError(
             f"token_count must be 1 to {k.shape[1] - 1}, so that k has text and image keys, got "
             f"{token_count}"
         )
     if key_bias is not None:
         checks.shape(key_bias, "key_bias", q.shape[0], k.shape[1])
-    if joint not in JOINTS:
-        raise ValueError(f"joint must be one of {JOINTS}, got {joint!r}")
+    checks.one_of(joint, "joint", JOINTS)
     return backends.run(
         "joint_maps",
         backend,
@@ -139,6 +108,11 @@ def attention_apply(
     """Head-mean self-attention times columns, see `scfg.reference.attention_apply`."""
     checks.queries_and_keys(q, k, heads)
     checks.shape(columns, "columns", q.shape[0], k.shape[1], "t")
+    checks.floating(columns, "columns")
+    if (columns.dtype == torch.float64) != (q.dtype == torch.float64):
+        raise TypeError(
+            f"q and columns must be float64 both or neither, got {q.dtype} and {columns.dtype}"
+        )
     return backends.run("attention_apply", backend, q=q, k=k, columns=columns, heads=heads)
 
 
@@ -217,6 +191,8 @@ def region_sums(
     checks.predictions(eps_uncond, eps_text)
     checks.labels(eps_text, labels, factor, token_count)
     checks.shape(foreground, "foreground", *labels.shape)
+    if foreground.dtype != torch.bool:
+        raise TypeError(f"foreground must be bool, got {foreground.dtype}")
     return backends.run(
         "region_sums",
         backend,
@@ -245,7 +221,7 @@ def guide(
 ) -> tuple[Tensor, Tensor]:
     """Rates of the regions and the guided prediction, see `scfg.reference.guide`."""
     checks.predictions(eps_uncond, eps_text)
-    b = eps_uncond.shape[0]
+    b = eps_text.shape[0]
     checks.shape(sums, "sums", b, "p", "t+1", 2)
     checks.labels(eps_text, labels, factor, sums.shape[2] - 1)
     if token_weights is not None:
@@ -258,12 +234,9 @@ def guide(
         eps_text=eps_text,
         labels=labels,
         sums=sums,
-        guidance_scale=checks.scale(guidance_scale, b),
+        guidance_scale=checks.scale(guidance_scale, eps_text),
         factor=factor,
-        benchmark=benchmark,
-        rate_min=float(rate_min),
-        rate_max=float(rate_max),
-        max_scale=None if max_scale is None else float(max_scale),
+        **checks.rates(benchmark, rate_min, rate_max, max_scale),
         token_weights=token_weights,
     )
 
@@ -289,6 +262,7 @@ def guide_evidence(
     checks.predictions(eps_uncond, eps_text)
     checks.levels(text, front, h, w, factors)
     b, _, height, width = eps_text.shape
+    checks.whole(factor, "factor")
     if (h, w) != (-(-height // factor), -(-width // factor)):
         raise ValueError(
             f"h and w must be those of ({height}, {width}) reduced by {factor}, got {h} and {w}"
@@ -308,11 +282,8 @@ def guide_evidence(
         h=h,
         w=w,
         factors=list(factors),
-        guidance_scale=checks.scale(guidance_scale, b),
+        guidance_scale=checks.scale(guidance_scale, eps_text),
         factor=factor,
-        benchmark=benchmark,
-        rate_min=float(rate_min),
-        rate_max=float(rate_max),
-        max_scale=None if max_scale is None else float(max_scale),
+        **checks.rates(benchmark, rate_min, rate_max, max_scale),
         token_weights=token_weights,
     )

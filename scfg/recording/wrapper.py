@@ -9,7 +9,8 @@ from scfg.backends import check_backend
 from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, guide_evidence
-from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
+from scfg.recording.layouts import Grid, Layout, find_layout
+from scfg.recording.packing import repack, unpack
 from scfg.recording.recorder import AttentionLayer, AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
 from scfg.regions import Regions, find_regions
@@ -61,7 +62,7 @@ class Recorder:
     ):
         check_config(config)
         check_backend(backend)
-        if sorted(order) != ["text", "uncond"]:
+        if not isinstance(order, (tuple, list)) or sorted(map(str, order)) != ["text", "uncond"]:
             raise ValueError(f"order must be ('uncond', 'text') or its reverse, got {order!r}")
         self.model, self.config, self.backend, self.order = model, config, backend, tuple(order)
         self.words: Tensor | None = None
