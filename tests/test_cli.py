@@ -1,7 +1,6 @@
 """The command line: what it writes, what it says, what it refuses."""
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -280,20 +279,24 @@ def test_help_names_the_words_and_no_default_of_none(capsys):
     assert "default: None" not in text and "default: False" not in text
 
 
+def module(monkeypatch, *arguments):
+    """Exit status of ``python -m scfg``."""
+    monkeypatch.setattr(sys, "argv", ["scfg", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("scfg", run_name="__main__", alter_sys=True)
+    return stopped.value.code
+
+
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not there")
-def test_the_module_runs_on_its_own_weights(tmp_path):
+def test_the_module_runs_on_its_own_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     prompt = "a penguin and a guitar on a blue background"
-    command = [sys.executable, "-m", "scfg", "generate", prompt, "--steps", "2", "--out", "a.png"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "wrote a.png\n"
-    assert Image.open(tmp_path / "a.png").format == "PNG"
+    assert module(monkeypatch, "generate", prompt, "--steps", "2", "--out", "a.png") == 0
+    assert capsys.readouterr().out == "wrote a.png\n"
+    assert Image.open("a.png").format == "PNG"
 
 
-def test_the_module_reports_errors_to_the_shell(tmp_path):
-    command = [sys.executable, "-m", "scfg", "generate", PROMPT, "--model", "nowhere"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("scfg generate: error: nowhere must be a file or a folder")
+def test_the_module_reports_errors_to_the_shell(monkeypatch, capsys):
+    assert module(monkeypatch, "generate", PROMPT, "--model", "nowhere") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("scfg generate: error: nowhere must be a file or a folder")

@@ -1,6 +1,5 @@
 """Sharing the work: any number of processes, cut off anywhere, gives the same bits."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -76,18 +75,18 @@ def test_every_number_is_computed_once(alone):
     }
 
 
-def test_two_processes_killed_in_the_middle_and_started_again_give_the_same_bits(
+def test_a_process_killed_in_the_middle_and_two_that_go_on_give_the_same_bits(
     tmp_path, weights, alone
 ):
-    process = start(tmp_path, weights, 2)
-    while len(done(tmp_path)) < 4:
+    process = start(tmp_path, weights, 1)
+    while len(done(tmp_path)) < 2:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)  # torchrun ends its workers
+    process.kill()
     process.communicate(timeout=60)
     before = done(tmp_path)
-    assert 4 <= len(before) < len(units(PLAN))
-    errors = finish(start(tmp_path, weights, 2))
+    assert 2 <= len(before) < len(units(PLAN))
+    errors = finish(start(tmp_path, weights, 2))  # torchrun and its workers
     assert errors.count("unit/s") + errors.count("s/unit") >= 1  # the bar of rank 0
     after = done(tmp_path)
     assert {path: after[path] for path in before} == before  # none was done again
