@@ -1,5 +1,7 @@
 """Sharing the work: any number of processes, cut off anywhere, gives the same bits."""
 
+import contextlib
+import io
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from evaluate_worker import PLAN
 from tiny import MODEL
 
 from scfg.__main__ import build_parser
-from scfg.evaluate import run
+from scfg.evaluate import draw, run
 from scfg.evaluate.draw import Point
 from scfg.evaluate.work import Plan, collect, prepare, units, work
 from scfg.models.embedded import networks, save_weights
@@ -53,9 +55,17 @@ def done(folder):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, weights):
     """Results of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    errors = finish(start(folder, weights, 1))
-    assert f"{len(units(PLAN))}/{len(units(PLAN))}" in errors  # the progress bar
+    folder, errors, threads = (
+        tmp_path_factory.mktemp("alone"),
+        io.StringIO(),
+        torch.get_num_threads(),
+    )
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(draw, "STEPS", 3)
+        run.share(PLAN, folder, weights, 0, 1, "cpu", quiet=False)
+    torch.set_num_threads(threads)
+    assert f"{len(units(PLAN))}/{len(units(PLAN))}" in errors.getvalue()  # the progress bar
     return collect(PLAN, folder)
 
 
