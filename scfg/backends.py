@@ -128,6 +128,11 @@ def _function(name: str, backend: str, device: torch.device):
             f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
             "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
         )
+    if device.type == "cuda" and not supported(device):
+        raise RuntimeError(
+            f"backend 'triton' needs an NVIDIA GPU from sm_80 on or AMD, got {device} of compute "
+            f"capability {torch.cuda.get_device_capability(device)}; backend 'torch' runs there"
+        )
     return functools.partial(_launch, name)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scfg.config import PROPAGATIONS, SMALLEST
 
+FLOATS = SMALLEST, torch.finfo(torch.float32).max  # numbers > 0 that float32 holds in full
 LARGEST = 1e18  # magnitude of a prediction whose norm is taken in float32
 
 
@@ -26,6 +27,37 @@ def shape(x: Tensor, name: str, *expected: int | str) -> None:
         raise ValueError(f"{name} must have shape ({want}), got {tuple(x.shape)}")
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def listed(x: list, name: str, entry: str) -> None:
+    """Raise unless x is a list, which has one entry for each of something."""
+    if not isinstance(x, (list, tuple)):
+        raise TypeError(f"{name} must be a list, one entry a {entry}, got {type(x).__name__}")
+
+
+def whole(x: int, name: str) -> None:
+    """Raise unless x is an int of at least 1."""
+    if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {x!r}")
+
+
+def real(x: float, name: str) -> None:
+    """Raise unless x is a real number."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+
+
+def positive(x: float, name: str) -> None:
+    """Raise unless x is a number > 0 that float32 can hold."""
+    real(x, name)
+    if not FLOATS[0] <= x <= FLOATS[1]:
+        raise ValueError(f"{name} must be finite and > 0, got {x}")
+
+
+def one_of(x: str, name: str, known: tuple[str, ...]) -> None:
+    """Raise unless x is one of the names that are known."""
+    if x not in known:
+        raise ValueError(f"{name} must be one of {known}, got {x!r}")
 
 
 def finite(x: Tensor, name: str) -> None:
@@ -78,12 +110,8 @@ def predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
 
 def guidance_scale(value: float | Tensor) -> None:
     """Raise unless a guidance scale is a tensor, or a number > 0 that float32 can hold."""
-    if isinstance(value, Tensor):
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"guidance_scale must be a number or a tensor, got {value!r}")
-    if not SMALLEST <= value <= 1 / SMALLEST:
-        raise ValueError(f"guidance_scale must be finite and > 0, got {value}")
+    if not isinstance(value, Tensor):
+        positive(value, "guidance_scale")
 
 
 def scale(value: float | Tensor, eps: Tensor) -> float | Tensor:
@@ -106,6 +134,22 @@ def scale(value: float | Tensor, eps: Tensor) -> float | Tensor:
     return value
 
 
+def rates(
+    benchmark: str, rate_min: float, rate_max: float, max_scale: float | None
+) -> dict[str, str | float | None]:
+    """What `scfg.reference.region_rates` is told, as the operations take it."""
+    one_of(benchmark, "benchmark", ("foreground", "image"))
+    for name, x in (("rate_min", rate_min), ("rate_max", rate_max), ("max_scale", max_scale)):
+        if x is not None or name != "max_scale":
+            positive(x, name)
+    return dict(
+        benchmark=benchmark,
+        rate_min=float(rate_min),
+        rate_max=float(rate_max),
+        max_scale=None if max_scale is None else float(max_scale),
+    )
+
+
 def queries_and_keys(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None:
     """Raise unless q and k are (b, n, g*d) and (b, m, g*d), of one type."""
     shape(q, "q" + suffix, "b", "n", "g*d")
@@ -113,7 +157,8 @@ def queries_and_keys(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None
     floating(q, "q" + suffix)
     if q.dtype != k.dtype:
         raise TypeError(f"q{suffix} and k{suffix} must have one dtype, got {q.dtype} and {k.dtype}")
-    if heads < 1 or q.shape[2] % heads:
+    whole(heads, "heads")
+    if q.shape[2] % heads:
         raise ValueError(f"heads must divide the width {q.shape[2]} of q{suffix}, got {heads}")
 
 
@@ -121,8 +166,7 @@ def blocks(layers: dict[str, list[Tensor]], heads: int) -> None:
     """Raise unless queries, keys and biases of several blocks, by name, are alike and fit."""
     count = len(layers["q_self"]) if isinstance(layers["q_self"], (list, tuple)) else 0
     for name, each in layers.items():
-        if not isinstance(each, (list, tuple)):
-            raise TypeError(f"{name} must be a list, one entry a layer, got {type(each).__name__}")
+        listed(each, name, "layer")
         if not each or len(each) != count:
             raise ValueError(
                 f"{name} must have as many layers as q_self, {count}, at least one, got {len(each)}"
@@ -158,10 +202,8 @@ def maps(
     stack = columns.shape[:1] if isinstance(columns, Tensor) and columns.dim() == 4 else ()
     shape(columns, name, *stack, "b", "n", "t")
     floating(columns, name)
-    if propagation not in PROPAGATIONS:
-        raise ValueError(f"propagation must be one of {PROPAGATIONS}, got {propagation!r}")
-    if powers < 1:
-        raise ValueError(f"powers must be >= 1, got {powers}")
+    one_of(propagation, "propagation", PROPAGATIONS)
+    whole(powers, "powers")
     if propagation == "none":
         return
     if self_map is None:
@@ -178,8 +220,8 @@ def maps(
 def levels(text: list[Tensor], front: list[Tensor], h: int, w: int, factors: list[int]) -> None:
     """Raise unless both branches have finite evidence of every level of the grid (h, w)."""
     for name, value in (("text", text), ("front", front), ("factors", factors)):
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name} must be a list, one entry a level, got {type(value).__name__}")
+        listed(value, name, "level")
+    whole(h, "h"), whole(w, "w")
     if not text or not len(text) == len(front) == len(factors):
         raise ValueError(
             "text, front and factors must have one entry per level, at least one, "
@@ -188,18 +230,18 @@ def levels(text: list[Tensor], front: list[Tensor], h: int, w: int, factors: lis
     for name, branch in (("text", text), ("front", front)):
         shape(branch[0], f"{name}[0]", "b", "n", "t+1")
         for level, (x, factor) in enumerate(zip(branch, factors, strict=True)):
-            if factor < 1:
-                raise ValueError(f"factors[{level}] must be >= 1, got {factor}")
+            whole(factor, f"factors[{level}]")
             n = -(-h // factor) * -(-w // factor)
             shape(x, f"{name}[{level}]", text[0].shape[0], n, branch[0].shape[2])
+            floating(x, f"{name}[{level}]")
             finite(x, f"{name}[{level}] (evidence of the attention maps)")
 
 
 def labels(eps_text: Tensor, labels: Tensor, factor: int, token_count: int) -> None:
     """Raise unless labels are int64 in [0, token_count), one a patch of the prediction."""
     b, _, height, width = eps_text.shape
-    if factor < 1:
-        raise ValueError(f"factor must be >= 1, got {factor}")
+    whole(factor, "factor")
+    whole(token_count, "token_count")
     shape(labels, "labels", b, -(-height // factor), -(-width // factor))
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")

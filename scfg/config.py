@@ -92,13 +92,13 @@ class SCFGConfig:
             optional = name == "layers_per_level" and value is None
             if not optional and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-        for name in ("rate_min", "rate_max", "max_scale"):
+        for name in ("rate_min", "rate_max", "max_scale", "min_share", "min_peak"):
             value = getattr(self, name)
             if value is None and name == "max_scale":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            if not SMALLEST <= value <= 1 / SMALLEST:
+            if not name.startswith("min_") and not SMALLEST <= value <= 1 / SMALLEST:
                 raise ValueError(f"{name} must be finite and > 0, as float32, got {value!r}")
         if not 0 <= self.min_share < 1:
             raise ValueError(f"min_share must be in [0, 1), got {self.min_share!r}")

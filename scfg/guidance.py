@@ -47,8 +47,11 @@ def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) ->
         (b, c, H, W) in the type of eps_text, computed in float32 at least.
 
     Raises:
-        ValueError: guidance_scale is not finite and > 0.
+        ValueError: guidance_scale is not finite and > 0, or the predictions differ in shape.
+        TypeError: An argument is of another type.
     """
+    checks.shape(eps_text, "eps_text", "b", "c", "H", "W")
+    checks.shape(eps_uncond, "eps_uncond", *eps_text.shape)
     wide = torch.promote_types(eps_text.dtype, torch.float32)
     scale = checks.scale(guidance_scale, eps_text)
     if isinstance(scale, Tensor):
@@ -246,6 +249,8 @@ def semantic_cfg(
     Source: Shen et al., CVPR 2024, arXiv 2404.05384; see `SCFGConfig` for where the code differs.
     """
     check_config(config)
+    checks.listed(self_maps, "self_maps", "layer")
+    checks.listed(cross_maps, "cross_maps", "layer")
     if len(self_maps) != len(cross_maps) or not self_maps:
         raise ValueError(
             "self_maps and cross_maps must have one entry per layer, at least one, "

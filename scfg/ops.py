@@ -10,6 +10,7 @@ definition, plus ``backend``:
 - ``"triton"``: Triton or an error. Kernels take float16, bfloat16 and float32.
 """
 
+import torch
 from torch import Tensor
 
 from scfg import backends, checks
@@ -80,15 +81,15 @@ def joint_maps(
 ) -> tuple[Tensor, Tensor]:
     """Self and cross map under one softmax, see `scfg.reference.joint_maps`."""
     checks.queries_and_keys(q, k, heads)
-    if not 1 <= token_count < k.shape[1]:
+    checks.whole(token_count, "token_count")
+    if token_count >= k.shape[1]:
         raise ValueError(
             f"token_count must be 1 to {k.shape[1] - 1}, so that k has text and image keys, got "
             f"{token_count}"
         )
     if key_bias is not None:
         checks.shape(key_bias, "key_bias", q.shape[0], k.shape[1])
-    if joint not in JOINTS:
-        raise ValueError(f"joint must be one of {JOINTS}, got {joint!r}")
+    checks.one_of(joint, "joint", JOINTS)
     return backends.run(
         "joint_maps",
         backend,
@@ -107,6 +108,11 @@ def attention_apply(
     """Head-mean self-attention times columns, see `scfg.reference.attention_apply`."""
     checks.queries_and_keys(q, k, heads)
     checks.shape(columns, "columns", q.shape[0], k.shape[1], "t")
+    checks.floating(columns, "columns")
+    if (columns.dtype == torch.float64) != (q.dtype == torch.float64):
+        raise TypeError(
+            f"q and columns must be float64 both or neither, got {q.dtype} and {columns.dtype}"
+        )
     return backends.run("attention_apply", backend, q=q, k=k, columns=columns, heads=heads)
 
 
@@ -185,6 +191,8 @@ def region_sums(
     checks.predictions(eps_uncond, eps_text)
     checks.labels(eps_text, labels, factor, token_count)
     checks.shape(foreground, "foreground", *labels.shape)
+    if foreground.dtype != torch.bool:
+        raise TypeError(f"foreground must be bool, got {foreground.dtype}")
     return backends.run(
         "region_sums",
         backend,
@@ -228,10 +236,7 @@ def guide(
         sums=sums,
         guidance_scale=checks.scale(guidance_scale, eps_text),
         factor=factor,
-        benchmark=benchmark,
-        rate_min=float(rate_min),
-        rate_max=float(rate_max),
-        max_scale=None if max_scale is None else float(max_scale),
+        **checks.rates(benchmark, rate_min, rate_max, max_scale),
         token_weights=token_weights,
     )
 
@@ -257,6 +262,7 @@ def guide_evidence(
     checks.predictions(eps_uncond, eps_text)
     checks.levels(text, front, h, w, factors)
     b, _, height, width = eps_text.shape
+    checks.whole(factor, "factor")
     if (h, w) != (-(-height // factor), -(-width // factor)):
         raise ValueError(
             f"h and w must be those of ({height}, {width}) reduced by {factor}, got {h} and {w}"
@@ -278,9 +284,6 @@ def guide_evidence(
         factors=list(factors),
         guidance_scale=checks.scale(guidance_scale, eps_text),
         factor=factor,
-        benchmark=benchmark,
-        rate_min=float(rate_min),
-        rate_max=float(rate_max),
-        max_scale=None if max_scale is None else float(max_scale),
+        **checks.rates(benchmark, rate_min, rate_max, max_scale),
         token_weights=token_weights,
     )

@@ -65,8 +65,12 @@ REFUSED = {
     "scale small": (lambda: semantic(1e-50), ValueError, "guidance_scale must be finite and > 0"),
     "scale text": (lambda: semantic("7"), TypeError, "guidance_scale must be a number"),
     "two types": (lambda: semantic(self_map=MAP.double()), TypeError, "must have one dtype"),
-    "factor 0": (lambda: guide(factor=0), ValueError, "factor must be >= 1, got 0"),
-    "sums factor 0": (lambda: region_sums(factor=0), ValueError, "factor must be >= 1, got 0"),
+    "factor 0": (lambda: guide(factor=0), ValueError, "factor must be an int >= 1, got 0"),
+    "sums factor 0": (
+        lambda: region_sums(factor=0),
+        ValueError,
+        "factor must be an int >= 1, got 0",
+    ),
     "labels high": (
         lambda: guide(LABELS + T),
         ValueError,

@@ -140,7 +140,7 @@ def test_a_guidance_scale_that_is_not_told_is_asked_for():
             attach(nameless, guidance_scale=wrong).__enter__()
         with pytest.raises(ValueError, match="guidance_scale must be finite and > 0"):
             scfg.guided(host.unet, wrong)
-    with pytest.raises(TypeError, match="guidance_scale must be a number or a tensor, got True"):
+    with pytest.raises(TypeError, match="guidance_scale must be a number, got True"):
         scfg.guided(host.unet, True)
     untouched(host)
 

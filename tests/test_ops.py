@@ -127,7 +127,7 @@ def test_autocast_does_not_reach_the_operations():
         ("joint_maps", 4, torch.zeros(2, 28), r"key_bias must have shape \(2, 35\)"),
         ("propagate", 0, None, "self_map must be a tensor"),
         ("propagate", 2, "all", "propagation must be"),
-        ("propagate", 3, 0, "powers must be >= 1"),
+        ("propagate", 3, 0, "powers must be an int >= 1"),
         ("complete", 2, torch.ones(34), r"weights must have shape \(35\)"),
         ("complete", 3, torch.ones(2, 35, 7), r"total must have shape \(2, 35, 8\)"),
         ("segment", 4, [1], "one entry per level"),

@@ -206,7 +206,7 @@ def test_one_launch_gives_the_bits_of_three(
     scale = torch.linspace(2, 9, b, device=DEVICE) if b > 1 else 7.5
     args = (*eps, tokens, start, h, w, factors, scale, factor)
     one = csrc_triton.guide_evidence(*args)
-    monkeypatch.setattr(onepass, "PATCHES", 0)
+    monkeypatch.setattr(onepass, "chosen", lambda name, reasoned: 0)
     three = csrc_triton.guide_evidence(*args)
     assert all(same_bits(x, y) for x, y in zip(one, three, strict=True))
     assert one[4][0].item() is flat

@@ -83,7 +83,7 @@ def attach(
         A context manager, whose value is pipe.
 
     Raises:
-        TypeError: config is no SCFGConfig.
+        TypeError: config is no SCFGConfig, or guidance_scale, start or stop no number.
         ValueError: start, stop, every or backend is out of range; on entering the block: the
             pipeline has no U-Net, or is attached to already; guidance_scale is missing or
             superfluous; from the pipeline's call: a phrase is not in a prompt.

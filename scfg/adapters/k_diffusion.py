@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided
 from scfg.recording.predictor import Predictor
@@ -54,6 +55,8 @@ def denoiser(
     if not isinstance(unet, nn.Module):
         raise ValueError(f"unet must be given with a model that is a {type(model).__name__}")
     run = Run(config, backend, callback, start, stop, every)
+    if sigmas is not None:
+        checks.shape(sigmas, "sigmas", "steps")
     levels = None if sigmas is None else [sigma for sigma in sigmas.tolist() if sigma > 0]
     if levels is None and not run.always:
         raise ValueError("start, stop and every need sigmas, the schedule of the sampler")

@@ -50,7 +50,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
 
     Raises:
         ValueError: guidance_scale, a constant, every, start or stop is out of range.
-        TypeError: guidance_scale is no number, or token_weights are phrases.
+        TypeError: guidance_scale, start or stop is no number, or token_weights are phrases.
     """
 
     ignore_for_config = ["callback"]  # noqa: RUF012  (the host reads it from the class)
@@ -72,6 +72,8 @@ class SemanticGuidance(ClassifierFreeGuidance):
     ):
         checks.guidance_scale(guidance_scale)
         refuse_phrases(token_weights)
+        for name, share in (("start", start), ("stop", stop)):
+            checks.real(share, name)
         super().__init__(
             guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
         )

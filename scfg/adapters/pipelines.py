@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.adapters.around import around, is_marked, mark
 from scfg.adapters.branches import Branches, calls_of
 from scfg.recording.layouts import find_layout
@@ -31,8 +32,8 @@ def attach_transformers(
     """`scfg.adapters.diffusers.attach` for a pipeline with transformers.
 
     Raises:
-        ValueError: A transformer is not known or is attached to already; guidance_scale is missing
-            or superfluous.
+        ValueError: A transformer is not known or is attached to already; guidance_scale is missing,
+            superfluous or not > 0.
     """
     models = transformers_of(pipe)
     for model in models:
@@ -45,6 +46,8 @@ def attach_transformers(
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         name = "" if tells else " (true_cfg_scale, where the call has one)"
         raise ValueError(f"guidance_scale must {need}{name}: {type(pipe).__name__}")
+    if guidance_scale is not None:
+        checks.positive(guidance_scale, "guidance_scale")
     attached = AttachedTransformers(pipe, guidance_scale, run, token_weights, observe)
     try:
         attached.add()

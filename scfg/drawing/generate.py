@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scfg import sampling
+from scfg import checks, sampling
 from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg
 from scfg.models.embedded import EmbeddedModel
@@ -70,8 +70,7 @@ class Request:
             ("method", self.method, METHODS),
             ("sampler", self.sampler, SAMPLERS),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {tuple(known)}, got {value!r}")
+            checks.one_of(value, name, tuple(known))
 
 
 @dataclass(frozen=True, eq=False)

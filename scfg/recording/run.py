@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.backends import check_backend
 from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence
@@ -36,7 +37,7 @@ class Run:
 
     Raises:
         ValueError: Not 0 <= start < stop <= 1, every < 1, or an unknown backend.
-        TypeError: config is no SCFGConfig.
+        TypeError: config is no SCFGConfig, or start or stop no number.
     """
 
     config: SCFGConfig
@@ -51,10 +52,11 @@ class Run:
     def __post_init__(self):
         check_config(self.config)
         check_backend(self.backend)
+        for name in ("start", "stop"):
+            checks.real(getattr(self, name), name)
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}")
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every must be an int >= 1, got {self.every!r}")
+        checks.whole(self.every, "every")
 
     def recorder(self, unet: nn.Module) -> AttentionRecorder:
         """A recorder of a U-Net with the run's constants."""

@@ -62,7 +62,7 @@ class Recorder:
     ):
         check_config(config)
         check_backend(backend)
-        if sorted(order) != ["text", "uncond"]:
+        if not isinstance(order, (tuple, list)) or sorted(map(str, order)) != ["text", "uncond"]:
             raise ValueError(f"order must be ('uncond', 'text') or its reverse, got {order!r}")
         self.model, self.config, self.backend, self.order = model, config, backend, tuple(order)
         self.words: Tensor | None = None

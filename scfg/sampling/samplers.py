@@ -55,7 +55,10 @@ def sample(
     Raises:
         ValueError: x is not floating (b, c, H, W), or predict returned anything but a tensor of x's
             shape.
+        TypeError: x is no tensor.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be floating (b, c, H, W), got {x.dtype} {tuple(x.shape)}")
     sigmas = [*schedule.sigmas[timesteps].tolist(), 0.0]
@@ -91,7 +94,7 @@ def ddim_rule(eta: float = 0.0, generator: torch.Generator | None = None) -> Rul
 
     Source: Song et al., arXiv 2010.02502, equations 12 and 16.
     """
-    if not 0 <= eta <= 1:
+    if not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta}")
     if eta > 0 and generator is None:
         raise ValueError("fresh noise (eta > 0) needs generator, a torch.Generator; got None")
