@@ -79,6 +79,19 @@ class Computed(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class WithoutAutocast:
+    """The module torch, but that autocast, which does not know the device "meta", is off."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def autocast(self, *_, **__):
+        return contextlib.nullcontext()
+
+    def is_autocast_enabled(self, *_):
+        return False
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("model", "most", "own"),
@@ -94,8 +107,7 @@ class Computed(TorchDispatchMode):
 def test_a_step_of_the_published_models_at_512_and_1024(model, most, own, monkeypatch):
     monkeypatch.setitem(folding.GROUP_BUDGET, "meta", folding.GROUP_BUDGET["cuda"])
     monkeypatch.setattr(backends, "interpreting", lambda: True)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(backends, "torch", WithoutAutocast())
     config = scfg.SCFGConfig()
     with torch.device("meta"):  # no check looks at values there, as on a GPU
         net = bench_host.Net(model)
