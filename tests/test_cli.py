@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from tiny import generate, tiny_model
 
 import scfg
 from scfg import __main__ as cli
-from scfg.__main__ import settings
+from scfg import commands
+from scfg.commands import one_thread, settings, shown_step
 from scfg.drawing.generate import Request, draw
-from scfg.drawing.panel import GAP, MARGIN, SIDE, panel
+from scfg.drawing.panel import BAR, GAP, MARGIN, SIDE, panel
 from scfg.drawing.picture import (
     CELL,
     NO_WORD,
@@ -27,6 +29,7 @@ from scfg.drawing.picture import (
     viridis,
 )
 from scfg.models.embedded import WEIGHTS
+from scfg.names import METHODS
 from scfg.options import build_parser
 
 PROMPT = "a striped red penguin on a green background"
@@ -40,7 +43,7 @@ def model():
 @pytest.fixture
 def run(model, monkeypatch, tmp_path):
     """Run `scfg generate` in an empty folder, for three steps."""
-    monkeypatch.setattr(cli, "load_model", lambda path, device: model)
+    monkeypatch.setattr(commands, "load_model", lambda path, device: model)
     monkeypatch.chdir(tmp_path)
 
     def run(*options, prompt=PROMPT):
@@ -73,8 +76,32 @@ def test_the_panel_holds_the_images_of_each_method_pixel_by_pixel(run, model, me
     rows = cells("out.png", 2, len(methods))
     for k, row in enumerate(rows):
         for name, cell in zip(methods, row, strict=True):
-            expected = generate(model, [PROMPT], [4 + k], method=name, steps=3).images[0]
+            with one_thread():  # as the command draws, for the last bits
+                expected = generate(model, [PROMPT], [4 + k], method=name, steps=3).images[0]
             assert (cell == np.kron(bytes_of(expected), np.ones((5, 5, 1), np.uint8))).all()
+
+
+@pytest.mark.parametrize(("apart", "columns"), [(0.06, 5), (0.14, 4)])
+def test_the_difference_is_shown_of_pictures_that_look_alike_and_not_of_others(
+    model, tmp_path, apart, columns
+):
+    rows = [
+        {name: generate(model, [PROMPT], [k], method=name, steps=2, trace=True) for name in METHODS}
+        for k in range(2)
+    ]
+    noise = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    for row, plain in zip(rows, noise, strict=True):  # apart in one direction, half of it the mean
+        row["cfg"] = replace(row["cfg"], images=plain - 0.9)
+        row["scfg"] = replace(row["scfg"], images=plain - 0.9 + 2 * apart * noise[0])
+    panel(rows, 1, "settings").save(tmp_path / "a.png")
+    width = Image.open(tmp_path / "a.png").width
+    assert width == 2 * MARGIN + SIDE + columns * (CELL + GAP) + BAR
+    if columns == 5:
+        for cell, row in zip(cells(tmp_path / "a.png", 2, 3), rows, strict=True):
+            plain, ours = (bytes_of(row[name].images[0]).astype(int) for name in METHODS)
+            expected = np.minimum(8 * abs(ours - plain), 255)
+            assert 0 < expected.min() + expected.max()
+            assert (cell[2] == np.kron(expected, np.ones((5, 5, 1), int))).all()
 
 
 def test_same_seed_same_bytes_and_another_seed_another_picture(run):
@@ -102,7 +129,7 @@ def test_every_option_reaches_the_request(run, monkeypatch):
         seen.append(request)
         return draw(model, request, after_step)
 
-    monkeypatch.setattr(cli, "draw", spy)
+    monkeypatch.setattr(commands, "draw", spy)
     given = ("--seed", "9", "--guidance-scale", "1.75", "--sampler", "dpmpp_2m", "--every", "2")
     given += ("--start", "0.25", "--stop", "0.75", "--token-weight", "red penguin=2")
     assert run(*given, "--backend", "torch", "--propagation", "official", "--method", "scfg") == 0
@@ -183,10 +210,13 @@ def test_what_argparse_refuses_has_exit_status_2(run, capsys, options):
     assert options[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt", ["", "  "])
-def test_an_empty_prompt_is_refused(run, capsys, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "must have a word"), ("  ", "must have a word"), ("red", "must name an object")],
+)
+def test_a_prompt_of_nothing_to_draw_is_refused(run, capsys, prompt, message):
     assert run(prompt=prompt) == 2
-    assert "prompt must have a word" in capsys.readouterr().err
+    assert f"prompt {message}" in capsys.readouterr().err
 
 
 def test_punctuation_after_a_word_is_left_out(run):
@@ -213,7 +243,7 @@ def test_what_could_not_be_written_is_refused_before_anything_is_loaded_or_drawn
 ):
     Path("file").write_text("no folder")
     Path("folder.png").mkdir()
-    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(commands, "load_model", lambda *_: pytest.fail("loaded"))
     assert run(*options) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["file", "folder.png"]
@@ -229,13 +259,13 @@ def test_an_interrupt_keeps_the_images_that_are_complete(run, monkeypatch, capsy
         drawn.append(request)
         return draw(model, request, after_step)
 
-    monkeypatch.setattr(cli, "draw", interrupted)
+    monkeypatch.setattr(commands, "draw", interrupted)
     assert run("--count", "5", "--trace", "t") == 130
     assert said in capsys.readouterr().err
     assert Path("out.png").exists() == (complete > 0)
     assert len(list(Path("t").iterdir())) == complete
     if complete:
-        monkeypatch.setattr(cli, "draw", draw)
+        monkeypatch.setattr(commands, "draw", draw)
         assert run("--count", "2", "--out", "whole.png") == 0
         assert Path("out.png").read_bytes() == Path("whole.png").read_bytes()
 
@@ -257,7 +287,7 @@ def test_what_changes_a_picture_and_is_no_default_stands_under_its_title():
 
 def test_the_page_opens_at_the_step_of_the_panel(run):
     assert run("--html", "a.html") == 0
-    assert f'"step":{cli.shown_step(3)},' in Path("a.html").read_text()
+    assert f'"step":{shown_step(3)},' in Path("a.html").read_text()
 
 
 def test_the_version_is_that_of_what_runs(monkeypatch, tmp_path, capsys):
@@ -277,6 +307,14 @@ def test_the_version_is_that_of_what_runs(monkeypatch, tmp_path, capsys):
             cli.main(["--version"])
         assert stopped.value.code == 0
         assert capsys.readouterr().out.startswith(f"scfg {expected}")
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_what_only_prints_imports_no_torch(option):
+    code = f"import sys; from scfg.__main__ import main\ntry: main(['{option}'])\n"
+    code += "except SystemExit: sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
 
 
 def test_the_version_is_one():
@@ -371,7 +409,8 @@ def test_a_token_weight_is_a_phrase_and_a_positive_factor(run, capsys, text):
 def test_window_and_token_weights_reach_the_drawing(run, model):
     options = ("--token-weight", "red penguin=2", "--start", "0.5", "--every", "2", "--quiet")
     assert run("--out", "out.png", "--seed", "4", *options) == 0
-    expected = generate(
-        model, [PROMPT], [4], steps=3, token_weights={"red penguin": 2.0}, start=0.5, every=2
-    )
+    with one_thread():
+        expected = generate(
+            model, [PROMPT], [4], steps=3, token_weights={"red penguin": 2.0}, start=0.5, every=2
+        )
     assert np.array_equal(cells("out.png", 1, 2)[0][1][::5, ::5], bytes_of(expected.images[0]))
