@@ -4,8 +4,12 @@ On a CPU tensors are checked for NaN and infinity; on other devices that would w
 so there a NaN stays in the image it came from.
 """
 
+import numbers
+
 import torch
 from torch import Tensor
+
+from scfg.config import PROPAGATIONS, SMALLEST
 
 LARGEST = 1e18  # magnitude of a prediction whose norm is taken in float32
 
@@ -72,12 +76,34 @@ def predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
                 raise ValueError(f"{name} must be within +-{LARGEST:g}, got {x.abs().amax():g}")
 
 
-def scale(guidance_scale: float | Tensor, b: int) -> float | Tensor:
-    """The guidance scale, a float or (b,), as the operations take it."""
-    if isinstance(guidance_scale, Tensor):
-        shape(guidance_scale, "guidance_scale", b)
-        return guidance_scale
-    return float(guidance_scale)
+def guidance_scale(value: float | Tensor) -> None:
+    """Raise unless a guidance scale is a tensor, or a number > 0 that float32 can hold."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"guidance_scale must be a number or a tensor, got {value!r}")
+    if not SMALLEST <= value <= 1 / SMALLEST:
+        raise ValueError(f"guidance_scale must be finite and > 0, got {value}")
+
+
+def scale(value: float | Tensor, eps: Tensor) -> float | Tensor:
+    """The guidance scale as a float, or as a (b,) float32 tensor on the device of eps.
+
+    Raises:
+        TypeError: It is no number and no tensor.
+        ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
+    """
+    b = eps.shape[0]
+    guidance_scale(value)
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.shape not in ((), (b,)):
+        raise ValueError(f"guidance_scale must be a float or ({b},), got {tuple(value.shape)}")
+    value = value.to(eps.device, torch.float32).expand(b)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (torch.isfinite(value) & (value > 0)).all():
+            raise ValueError(f"guidance_scale must be finite and > 0, got {value.tolist()}")
+    return value
 
 
 def queries_and_keys(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None:
@@ -91,6 +117,37 @@ def queries_and_keys(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None
         raise ValueError(f"heads must divide the width {q.shape[2]} of q{suffix}, got {heads}")
 
 
+def blocks(layers: dict[str, list[Tensor]], heads: int) -> None:
+    """Raise unless queries, keys and biases of several blocks, by name, are alike and fit."""
+    count = len(layers["q_self"]) if isinstance(layers["q_self"], (list, tuple)) else 0
+    for name, each in layers.items():
+        if not isinstance(each, (list, tuple)):
+            raise TypeError(f"{name} must be a list, one entry a layer, got {type(each).__name__}")
+        if not each or len(each) != count:
+            raise ValueError(
+                f"{name} must have as many layers as q_self, {count}, at least one, got {len(each)}"
+            )
+    q_self, k_self, q_cross, k_cross, key_bias = (each[0] for each in layers.values())
+    queries_and_keys(q_self, k_self, heads, "_self[0]")
+    queries_and_keys(q_cross, k_cross, heads, "_cross[0]")
+    shape(q_cross, "q_cross[0]", *q_self.shape)
+    if key_bias is not None:
+        shape(key_bias, "key_bias[0]", q_cross.shape[0], k_cross.shape[1])
+    for name, (first, *others) in layers.items():
+        for layer, x in enumerate(others, 1):
+            if first is not None or x is not None:
+                _alike(x, first, f"{name}[{layer}]")
+
+
+def _alike(x: Tensor, first: Tensor, name: str) -> None:
+    """Raise unless a layer's tensor is one of the first layer's shape and type."""
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name} must be None, as of the first layer, got {type(x).__name__}")
+    shape(x, name, *first.shape)
+    if x.dtype != first.dtype:
+        raise TypeError(f"{name} must be {first.dtype}, as of the first layer, got {x.dtype}")
+
+
 def maps(
     self_map: Tensor | None, columns: Tensor, name: str, propagation: str, powers: int
 ) -> None:
@@ -101,8 +158,8 @@ def maps(
     stack = columns.shape[:1] if isinstance(columns, Tensor) and columns.dim() == 4 else ()
     shape(columns, name, *stack, "b", "n", "t")
     floating(columns, name)
-    if propagation not in ("paper", "official", "none"):
-        raise ValueError(f"propagation must be 'paper', 'official' or 'none', got {propagation!r}")
+    if propagation not in PROPAGATIONS:
+        raise ValueError(f"propagation must be one of {PROPAGATIONS}, got {propagation!r}")
     if powers < 1:
         raise ValueError(f"powers must be >= 1, got {powers}")
     if propagation == "none":

@@ -1,6 +1,5 @@
 """CFG and S-CFG as functions of two predictions."""
 
-import numbers
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,6 @@ from scfg import checks, ops
 from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence, fold_maps, map_grid
 from scfg.regions import Regions, evidence_levels, find_regions, unet_benchmark
-
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,43 +35,6 @@ class Guided:
     rule: str = ""
 
 
-def check_scale(guidance_scale: float | Tensor) -> None:
-    """Raise unless a guidance scale is a tensor, or a number > 0 that float32 can hold.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: It is out of range.
-    """
-    if isinstance(guidance_scale, Tensor):
-        return
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
-        raise TypeError(f"guidance_scale must be a number or a tensor, got {guidance_scale!r}")
-    if not SMALLEST <= guidance_scale <= LARGEST:
-        raise ValueError(f"guidance_scale must be finite and > 0, got {guidance_scale}")
-
-
-def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> float | Tensor:
-    """The guidance scale as a float, or as a (b,) float32 tensor on the device of eps.
-
-    Raises:
-        TypeError: It is no number and no tensor.
-        ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
-    """
-    b = eps.shape[0]
-    check_scale(guidance_scale)
-    if not isinstance(guidance_scale, Tensor):
-        return float(guidance_scale)
-    if guidance_scale.shape not in ((), (b,)):
-        raise ValueError(
-            f"guidance_scale must be a float or of shape ({b},), got {tuple(guidance_scale.shape)}"
-        )
-    scale = guidance_scale.to(eps.device, torch.float32).expand(b)
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"guidance_scale must be finite and > 0, got {scale.tolist()}")
-    return scale
-
-
 def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: ``eps_uncond + guidance_scale * (eps_text - eps_uncond)``.
 
@@ -90,7 +50,7 @@ def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) ->
         ValueError: guidance_scale is not finite and > 0.
     """
     wide = torch.promote_types(eps_text.dtype, torch.float32)
-    scale = as_scale(guidance_scale, eps_text)
+    scale = checks.scale(guidance_scale, eps_text)
     if isinstance(scale, Tensor):
         scale = scale.to(wide)[:, None, None, None]
     eps = eps_uncond.to(wide) + scale * (eps_text.to(wide) - eps_uncond.to(wide))
@@ -140,7 +100,7 @@ def guide_regions(
             and > 0 (checked on a CPU only).
     """
     factor = _pixels_per_patch(eps_text, regions.labels)
-    scale = as_scale(guidance_scale, eps_text)
+    scale = checks.scale(guidance_scale, eps_text)
     token_weights = _row_weights(token_weights, eps_text, regions.tokens)
     frames = eps_text.shape[2] if eps_text.dim() == 5 else 1
     labels, foreground = regions.labels, regions.foreground
@@ -213,7 +173,7 @@ def guide_evidence(
         eps_uncond,
         eps_text,
         **evidence_levels(uncond=uncond, text=text, config=config),
-        guidance_scale=as_scale(guidance_scale, eps_text),
+        guidance_scale=guidance_scale,
         factor=config.map_reduction,
         benchmark=benchmark,
         rate_min=config.rate_min,

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_worker import PLAN, TINY
+from evaluate_worker import PLAN
+from tiny import MODEL
 
-from scfg.__main__ import build_parser
 from scfg.evaluate import run
 from scfg.evaluate.draw import Point
 from scfg.evaluate.work import Plan, collect, prepare, units, work
 from scfg.models.embedded import networks, save_weights
+from scfg.options import build_parser
 
 WORKER = Path(__file__).with_name("evaluate_worker.py")
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_weights(networks(TINY), TINY, path)
+        save_weights(networks(MODEL), MODEL, path)
     return path
 
 

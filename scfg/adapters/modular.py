@@ -12,12 +12,14 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided, check_scale
+from scfg.guidance import Guided
 from scfg.patches import needs_uncond
-from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
+from scfg.recording.layouts import Grid, Layout, find_layout
+from scfg.recording.packing import repack, unpack
 from scfg.recording.phrases import refuse_phrases
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
@@ -68,7 +70,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
         token_weights: list | Tensor | None = None,
         callback: Callable[[Guided], object] | None = None,
     ):
-        check_scale(guidance_scale)
+        checks.guidance_scale(guidance_scale)
         refuse_phrases(token_weights)
         super().__init__(
             guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
