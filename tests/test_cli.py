@@ -1,6 +1,8 @@
 """The command line: what it writes, what it says, what it refuses."""
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from tiny import generate, tiny_model
 
 import scfg
 from scfg import __main__ as cli
-from scfg.__main__ import settings
+from scfg import commands
+from scfg.commands import one_thread, settings, shown_step
 from scfg.drawing.generate import Request, draw
 from scfg.drawing.panel import GAP, MARGIN, SIDE
 from scfg.drawing.picture import CELL
@@ -30,7 +33,7 @@ def model():
 @pytest.fixture
 def run(model, monkeypatch, tmp_path):
     """Run `scfg generate` in an empty folder, for three steps."""
-    monkeypatch.setattr(cli, "load_model", lambda path, device: model)
+    monkeypatch.setattr(commands, "load_model", lambda path, device: model)
     monkeypatch.chdir(tmp_path)
 
     def run(*options, prompt=PROMPT):
@@ -63,7 +66,8 @@ def test_the_panel_holds_the_images_of_each_method_pixel_by_pixel(run, model, me
     rows = cells("out.png", 2, len(methods))
     for k, row in enumerate(rows):
         for name, cell in zip(methods, row, strict=True):
-            expected = generate(model, [PROMPT], [4 + k], method=name, steps=3).images[0]
+            with one_thread():  # as the command draws, for the last bits
+                expected = generate(model, [PROMPT], [4 + k], method=name, steps=3).images[0]
             assert (cell == np.kron(bytes_of(expected), np.ones((5, 5, 1), np.uint8))).all()
 
 
@@ -92,7 +96,7 @@ def test_every_option_reaches_the_request(run, monkeypatch):
         seen.append(request)
         return draw(model, request, after_step)
 
-    monkeypatch.setattr(cli, "draw", spy)
+    monkeypatch.setattr(commands, "draw", spy)
     given = ("--seed", "9", "--guidance-scale", "1.75", "--sampler", "dpmpp_2m", "--every", "2")
     given += ("--start", "0.25", "--stop", "0.75", "--token-weight", "red penguin=2")
     assert run(*given, "--backend", "torch", "--propagation", "official", "--method", "scfg") == 0
@@ -182,10 +186,13 @@ def test_what_argparse_refuses_has_exit_status_2(run, capsys, options, message):
     assert options[0] in said and message in said
 
 
-@pytest.mark.parametrize("prompt", ["", "  "])
-def test_an_empty_prompt_is_refused(run, capsys, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "must have a word"), ("  ", "must have a word"), ("red", "must name an object")],
+)
+def test_a_prompt_of_nothing_to_draw_is_refused(run, capsys, prompt, message):
     assert run(prompt=prompt) == 2
-    assert "prompt must have a word" in capsys.readouterr().err
+    assert f"prompt {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,7 @@ def test_what_could_not_be_written_is_refused_before_anything_is_loaded_or_drawn
 ):
     Path("file").write_text("no folder")
     Path("folder.png").mkdir()
-    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(commands, "load_model", lambda *_: pytest.fail("loaded"))
     assert run(*options) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["file", "folder.png"]
@@ -221,13 +228,13 @@ def test_an_interrupt_keeps_the_images_that_are_complete(run, monkeypatch, capsy
         drawn.append(request)
         return draw(model, request, after_step)
 
-    monkeypatch.setattr(cli, "draw", interrupted)
+    monkeypatch.setattr(commands, "draw", interrupted)
     assert run("--count", "5", "--trace", "t") == 130
     assert said in capsys.readouterr().err
     assert Path("out.png").exists() == (complete > 0)
     assert len(list(Path("t").iterdir())) == complete
     if complete:
-        monkeypatch.setattr(cli, "draw", draw)
+        monkeypatch.setattr(commands, "draw", draw)
         assert run("--count", "2", "--out", "whole.png") == 0
         assert Path("out.png").read_bytes() == Path("whole.png").read_bytes()
 
@@ -249,7 +256,7 @@ def test_what_changes_a_picture_and_is_no_default_stands_under_its_title():
 
 def test_the_page_opens_at_the_step_of_the_panel(run):
     assert run("--html", "a.html") == 0
-    assert f'"step":{cli.shown_step(3)},' in Path("a.html").read_text()
+    assert f'"step":{shown_step(3)},' in Path("a.html").read_text()
 
 
 def test_the_version_is_that_of_what_runs(monkeypatch, tmp_path, capsys):
@@ -269,6 +276,14 @@ def test_the_version_is_that_of_what_runs(monkeypatch, tmp_path, capsys):
             cli.main(["--version"])
         assert stopped.value.code == 0
         assert capsys.readouterr().out.startswith(f"scfg {expected}")
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_what_only_prints_imports_no_torch(option):
+    code = f"import sys; from scfg.__main__ import main\ntry: main(['{option}'])\n"
+    code += "except SystemExit: sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
 
 
 def test_help_names_the_words_and_no_default_of_none(capsys):

@@ -25,6 +25,7 @@ from scfg.models.emoji import (
     render,
     sample_scenes,
 )
+from scfg.models.emoji_words import WORDS
 from scfg.models.text import Tokenizer
 from scfg.models.training import Plan, Trainer
 
@@ -44,7 +45,7 @@ def scenes_of(seed: int, count: int = 200) -> list[Scene]:
 def test_tokens_are_encoded_knowing_only_the_words_before_them():
     torch.manual_seed(0)
     encoder = networks(MODEL)["text_encoder"].double()
-    tokenizer = Tokenizer(emoji.WORDS, emoji.LENGTH)
+    tokenizer = Tokenizer(WORDS, emoji.LENGTH)
     first = tokenizer("a red dog on a blue background")
     second = tokenizer("a red dog and a green fox on a blue background")
     a, b = encoder(first), encoder(second)

@@ -13,11 +13,11 @@ import torch
 from evaluate_worker import PLAN
 from tiny import MODEL
 
-from scfg.__main__ import build_parser
 from scfg.evaluate import draw, run
 from scfg.evaluate.draw import Point
 from scfg.evaluate.work import Plan, collect, prepare, units, work
 from scfg.models.embedded import networks, save_weights
+from scfg.options import build_parser
 
 WORKER = Path(__file__).with_name("evaluate_worker.py")
 ROOT = Path(__file__).parents[1]
