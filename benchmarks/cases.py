@@ -161,8 +161,9 @@ def least_bytes(op, args, result):
     `segment` reads the tokens of the text's evidence, and START and the rest of the other.
     """
     moved = sum(x.nbytes for x in tensors([args, result]))
-    if op == "segment":
-        moved -= sum(x[..., 0].nbytes + y[..., 2:].nbytes for x, y in zip(*args[:2], strict=True))
+    if op in ("segment", "guide_evidence"):
+        levels = args[:2] if op == "segment" else args[2:4]
+        moved -= sum(x[..., 0].nbytes + y[..., 2:].nbytes for x, y in zip(*levels, strict=True))
     if op in ("propagate", "complete"):
         moved += (len(reference.power_weights(*args[-2:])) - 1) * args[0].nbytes
     return moved
@@ -170,9 +171,9 @@ def least_bytes(op, args, result):
 
 def operations(op, args):
     """(floating-point operations of products in the inputs' type, of products in float32,
-    exponentials) that must be done; other arithmetic is left out."""
-    if op.startswith("attention"):
-        q, k, heads = args[0], args[1], args[-1]
+    exponentials) that must be done; `elementwise` counts the rest."""
+    if op.startswith("attention") or op == "joint_maps":
+        q, k, heads = args[0], args[1], args[3] if op == "joint_maps" else args[-1]
         (rows, n, width), m = q.shape, k.shape[1]
         m += args[3].shape[1] if op == "attention_maps" else 0
         own = 2 * rows * n * n * args[2].shape[2] if op == "attention_apply" else 0
@@ -181,3 +182,27 @@ def operations(op, args):
         rows, n, t = args[1].shape
         return 0, 2 * rows * n * n * t * len(reference.power_weights(*args[-2:])), 0
     return 0, 0, 0
+
+
+def elementwise(op, args):
+    """Floating-point operations in float32 that are no product of matrices.
+
+    Blur and upsampling are three multiply-adds along each axis, a norm and a guided value three
+    operations a channel.
+    """
+    if op == "segment":
+        text, _, h, w, factors = args
+        (b, _, columns), found = text[0].shape, 0
+        for factor in factors:
+            found += 6 * b * columns * h * (-(-w // factor) + w)
+        return found
+    if op == "guide_evidence":
+        return (
+            elementwise("segment", args[2:7])
+            + elementwise("region_sums", args)
+            + elementwise("guide", args)
+        )
+    if op in ("region_sums", "guide"):
+        b, c, height, width = args[1].shape
+        return b * height * width * (3 * c + 18 * (op == "guide"))
+    return 0

@@ -10,6 +10,7 @@ import torch
 
 import csrc_triton
 from benchmarks import cases
+from csrc_triton import guidance
 from scfg.evidence import map_grid
 
 # n, heads, d, t of the layers recorded by default: SD 1.5 at 512 and 1024, SD 2.1 at 768, SDXL at
@@ -58,7 +59,7 @@ def _guidance(dtype):
         factors = [level[0] // factor for level in size.levels]
         labels = _meta(2, h, w, dtype=torch.int64)
         foreground, scales, weights = labels.to(torch.bool), _meta(2), _meta(2, t)
-        sums = _meta(2, csrc_triton.partials(eps[0, 0].numel()), t + 1, 2)
+        sums = _meta(2, guidance.partials(eps[0, 0].numel()), t + 1, 2)
         yield csrc_triton.segment, (levels, levels, h, w, factors)
         yield csrc_triton.region_sums, (eps, eps, labels, foreground, t, factor)
         image = ("image", 0.8, 3.0, None, weights)

@@ -78,23 +78,35 @@ for _bounds in BOUNDS.values():
     _bounds |= dict.fromkeys(("segment", "region_sums", "guide"), 1.3)
 
 
-def measure(op: str, size: cases.ModelSize, powers: int = 4) -> tuple[int, int, float]:
-    """Bytes moved, the least, and how often the first argument is read, of one row."""
+def arguments(op: str, size: cases.ModelSize, powers: int = 4) -> list:
+    """Of one row of a U-Net call or, after the last layer, of one image."""
+    if op == "joint_maps":
+        q, k, _, k_cross, heads = cases.arguments("attention_maps", size, 1, torch.float16)
+        return [q[:1], torch.cat([k_cross, k], dim=1)[:1], size.tokens, heads]
+    if op == "guide_evidence":
+        eps = cases.arguments("region_sums", size, 1, torch.float16)[:2]
+        text, front, h, w, factors = cases.arguments("segment", size, 1, torch.float16)
+        return [*eps, text, front, h, w, factors, cases.SCALE, size.reduction]
     args = cases.arguments(op, size, 1, torch.float16)
-    if op == "complete":
+    if op in ("propagate", "complete"):
         args = *args[:-1], powers
     if op == "guide":  # adds up as many partial sums as the kernel before it leaves
         sums = csrc_triton.region_sums(*cases.arguments("region_sums", size, 1, torch.float16))
         args = *args[:3], sums, *args[4:]
-    args = [x[:1] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in args]  # one row
+    return [x[:1] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in args]
+
+
+def measure(op: str, size: cases.ModelSize, powers: int = 4) -> tuple[int, int, float]:
+    """Bytes moved, the least, and how often the first argument is read, of one row."""
+    args = arguments(op, size, powers)
     with counting(watch=args[0] if isinstance(args[0], torch.Tensor) else None) as traffic:
         result = getattr(csrc_triton, op)(*args)
     least = cases.least_bytes(op, args, result)
     return traffic.moved, least, traffic.watched / max(1, getattr(args[0], "nbytes", 1))
 
 
-def by_head(size: cases.ModelSize) -> tuple[int, int]:
-    """Bytes `attention_maps` moves, and the least, continued in a straight line.
+def by_head(size: cases.ModelSize, op: str = "attention_maps") -> tuple[int, int]:
+    """Bytes an operation on queries and keys moves, and the least, continued in a straight line.
 
     Counted with one and two heads: all heads are read alike.
     """
@@ -102,7 +114,7 @@ def by_head(size: cases.ModelSize) -> tuple[int, int]:
     found = []
     for few in (1, 2):
         levels = ((reduction, layers, few, width), *coarser)
-        found.append(measure("attention_maps", replace(size, levels=levels))[:2])
+        found.append(measure(op, replace(size, levels=levels))[:2])
     return tuple(one + (heads - 1) * (two - one) for one, two in zip(*found, strict=True))
 
 

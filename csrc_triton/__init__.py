@@ -2,7 +2,7 @@
 
 from csrc_triton.attention import attention_apply, attention_map, attention_maps, stacked_maps
 from csrc_triton.evidence import complete, propagate
-from csrc_triton.guidance import guide, partials, region_sums
+from csrc_triton.guidance import guide, region_sums
 from csrc_triton.joint import joint_maps
 from csrc_triton.onepass import guide_evidence
 from csrc_triton.regions import segment
@@ -15,7 +15,6 @@ __all__ = [
     "guide",
     "guide_evidence",
     "joint_maps",
-    "partials",
     "propagate",
     "region_sums",
     "segment",

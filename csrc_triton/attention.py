@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.choices import chosen
 from csrc_triton.launch import OPTIONS, check_inputs, on_device_of, stages
-from csrc_triton.scores import _dot, _mean_probabilities, _scores, _softmax_statistics
+from csrc_triton.scores import _all_probabilities, _dot, _mean_probabilities, _softmax_statistics
 
 LAYERS = 8  # of one launch
+TILES, ROOM = 64, 8192  # see `_blocks`
 
 
 @triton.jit
@@ -25,15 +27,11 @@ def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, out_image, tile, n, m,
     out = out_ptr + (tl.arange(0, BLOCK_M) * m)[:, None]
     if ONE_PASS:
         keys = tl.arange(0, BLOCK_N)
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for head in range(HEADS):
-            scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
-            p = tl.exp(scores - tl.max(scores, 1)[:, None])
-            total += p * (1.0 / (tl.sum(p, 1) * HEADS))[:, None]
+        total = _all_probabilities(q_ptr, k_ptr, bias_ptr, rows, keys, n, m, HEADS, D, BLOCK_D)
         tl.store(out + keys[None, :], total, mask=(rows < n)[:, None] & (keys < m)[None, :])
     else:
-        tops, shares = _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, HEADS, D, BLOCK_N,
-                                           BLOCK_D)  # fmt: skip
+        tops, shares, _ = _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, None, HEADS, D,
+                                              BLOCK_N, BLOCK_D)  # fmt: skip
         for start in range(0, m, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             total = _mean_probabilities(q_ptr, k_ptr, bias_ptr, tops, shares, rows, keys, n, m,
@@ -41,7 +39,7 @@ def _map_rows(q_ptr, k_ptr, bias_ptr, out_ptr, image, out_image, tile, n, m,
             tl.store(out + keys[None, :], total, mask=(rows < n)[:, None] & (keys < m)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _attention_map_kernel(q_ptr, k_ptr, bias_ptr, out_ptr, n, m,
                           HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -65,7 +63,7 @@ def _of_layer(tensors, layer):
     return pointer
 
 
-@triton.jit(do_not_specialize=["b", "t"])
+@triton.jit(do_not_specialize=["b", "n", "t"])
 def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bias_ptr,
                            self_ptr, cross_ptr, b, n, t,
                            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -94,7 +92,7 @@ def _attention_maps_kernel(q_self_ptr, k_self_ptr, q_cross_ptr, k_cross_ptr, bia
                   HEADS, D, BLOCK_M, BLOCK_T, BLOCK_D, ONE_PASS_T)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
                             HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                             BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -113,7 +111,8 @@ def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
     k_ptr += image * m * (HEADS * D)
     columns_ptr += image * m * t
     out_ptr += image * n * t
-    tops, shares = _softmax_statistics(q_ptr, k_ptr, None, rows, n, m, HEADS, D, BLOCK_N, BLOCK_D)
+    tops, shares, _ = _softmax_statistics(q_ptr, k_ptr, None, rows, n, m, None, HEADS, D, BLOCK_N,
+                                          BLOCK_D)  # fmt: skip
     out = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
     for start in range(0, m, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -126,20 +125,25 @@ def _attention_apply_kernel(q_ptr, k_ptr, columns_ptr, out_ptr, n, m, t,
     tl.store(out_ptr + rows[:, None] * t + cols[None, :], out, mask=inside)
 
 
+def row_block(n: int) -> int:
+    """Rows per program, see `_blocks`."""
+    return min(max(triton.next_power_of_2(n) // chosen("TILES", TILES), 16), 64)
+
+
 def _blocks(n: int, d: int, heads: int, itemsize: int, *keys: int) -> tuple[int, list, dict]:
     """Rows per program, (keys per block, one pass?) of each map, and the other launch options.
 
-    About 64 row tiles an image, 16 to 64 rows each: reading all of k through one multiprocessor
+    About TILES row tiles an image, 16 to 64 rows each: reading all of k through one multiprocessor
     should take longer than the arithmetic, so small maps are spread over many programs. A block
-    of scores and its running mean stay in the registers of 8 warps up to 8192 scores, or 16384 in
-    16 rows, which need no warp groups; half that for float32, whose products are split in three.
+    of scores and its running mean stay in the registers of 8 warps up to ROOM scores, or twice that
+    in 16 rows, which need no warp groups; half that for float32, whose products are split in three.
     Keys that fit so are scored once, others twice. A chunk of a head is at most 64 wide, less where
     two stages of it do not fit 96 KiB of shared memory; 16 and one stage for float32, or a few
     registers spill. None of this depends on b: an image's result does not depend on its neighbours.
     """
     wide = itemsize == 4
-    room = 4096 if wide else 8192
-    rows = min(max(triton.next_power_of_2(n) // 64, 16), 32 if wide else 64)
+    room = chosen("ROOM", ROOM) // (2 if wide else 1)
+    rows = min(row_block(n), 32 if wide else 64)
     sizes = [max(16, triton.next_power_of_2(m)) for m in keys]
     while rows > 16 and rows * max(sizes) > room and 16 * max(sizes) <= 2 * room:
         rows //= 2
@@ -220,12 +224,13 @@ def stacked_maps(
     (keys, one_pass), (keys_t, one_pass_t) = columns
     self_map = q_self[0].new_empty((count, b, n, n), dtype=torch.float32)
     cross_map = q_self[0].new_empty((count, b, n, t), dtype=torch.float32)
-    for first in range(0, count, LAYERS):
+    slots = chosen("LAYERS", LAYERS)
+    for first in range(0, count, slots):
         # as many pointers for any number of layers: one kernel
-        own = [tuple((x[first : first + LAYERS] + LAYERS * x[-1:])[:LAYERS]) for x in inputs]
+        own = [tuple((x[first : first + slots] + slots * x[-1:])[:slots]) for x in inputs]
         own[-1] = None if key_bias[0] is None else own[-1]
         with on_device_of(self_map):
-            _attention_maps_kernel[(2 * triton.cdiv(n, rows), min(LAYERS, count - first) * b)](
+            _attention_maps_kernel[(2 * triton.cdiv(n, rows), min(slots, count - first) * b)](
                 *own, self_map[first:], cross_map[first:], b, n, t, BLOCK_M=rows,
                 BLOCK_N=keys, BLOCK_T=keys_t, ONE_PASS=one_pass, ONE_PASS_T=one_pass_t,
                 **options)  # fmt: skip

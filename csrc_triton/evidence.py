@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.attention import row_block
+from csrc_triton.choices import chosen
 from csrc_triton.launch import OPTIONS, check_inputs, on_device_of, stages
 from csrc_triton.scores import _dot
 
@@ -17,10 +19,9 @@ SMALL_N = 384
 
 
 @triton.jit
-def _product(self_ptr, source_ptr, rows, cols, n, t, BLOCK_K: tl.constexpr):
-    """S @ source, (BLOCK_M, BLOCK_T) float32."""
-    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    for start in range(0, n, BLOCK_K):
+def _add_product(total, self_ptr, source_ptr, rows, cols, first, n, t, BLOCK_K: tl.constexpr):
+    """The total and S @ source, of the pixels from the first on."""
+    for start in range(first, n, BLOCK_K):
         ks = start + tl.arange(0, BLOCK_K)
         s_ok = (rows < n)[:, None] & (ks < n)[None, :]
         y_ok = (ks < n)[:, None] & (cols < t)[None, :]
@@ -29,6 +30,22 @@ def _product(self_ptr, source_ptr, rows, cols, n, t, BLOCK_K: tl.constexpr):
         y = tl.load(source_ptr + ks[:, None] * t + cols[None, :], mask=y_ok, other=0.0)
         total = _dot(s, y.to(tl.float32), total)
     return total
+
+
+@triton.jit
+def _product(self_ptr, source_ptr, image, rows, cols, n, t, BLOCK_K: tl.constexpr):
+    """S @ source of an image, (BLOCK_M, BLOCK_T) float32.
+
+    Of two loops one does all: the first reads S 16 bytes at a time, the second goes without an n
+    that allows it. So all n share a kernel. One after the other and not if and else, which would
+    each be given shared memory of its own.
+    """
+    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    even = tl.where(n % 16 == 0, n // 16 * 16, 0)  # the compiler sees that 16 divides it
+    total = _add_product(total, self_ptr + image * even * even, source_ptr, rows, cols, 0, even, t,
+                         BLOCK_K)  # fmt: skip
+    return _add_product(total, self_ptr + image * n * n, source_ptr, rows, cols, even, n, t,
+                        BLOCK_K)  # fmt: skip
 
 
 @triton.jit
@@ -48,7 +65,7 @@ def _load_columns(cross_ptr, rows, cols, n, t, WITH_REST: tl.constexpr):
     return c
 
 
-@triton.jit(do_not_specialize=["layers", "more", "t"])
+@triton.jit(do_not_specialize=["powers", "layers", "more", "n", "t"])
 def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, out_ptr,
                      gain, scale, powers, layers, more, n, t,
                      BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -81,7 +98,7 @@ def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, o
             for start in range(0, n, BLOCK_M):
                 rows = start + tl.arange(0, BLOCK_M)
                 at = rows[:, None] * COLUMNS + lanes[None, :]
-                y = _product(self_ptr + image * n * n, source, rows, lanes, n, COLUMNS, BLOCK_K)
+                y = _product(self_ptr, source, image, rows, lanes, n, COLUMNS, BLOCK_K)
                 c = tl.load(first + at, mask=(rows < n)[:, None], other=0.0)
                 y = tl.where(power == powers - 1, y * scale, c + y * gain)
                 tl.store(target + at, y, mask=(rows < n)[:, None])
@@ -112,17 +129,17 @@ def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, o
         tl.debug_barrier()  # scratch is free, and the sum so far complete
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["last", "n", "t"])
 def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, partial_ptr,
-                      factor, n, t, t_in, t_out,
+                      factor, last, n, t, t_in, t_out,
                       BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
                       BLOCK_T: tl.constexpr):  # fmt: skip
     """One power, columns + factor * S @ source, for BLOCK_M rows; no columns in the last power.
 
     Grid (ceil(n / BLOCK_M), ceil(t / BLOCK_T), b). S is read once while t <= BLOCK_T, source once
-    per program (from the cache), the result written once. With weights, a program also writes its
-    part of the spatial mean of each column, to be added up in a fixed order. Source and result
-    have t_in and t_out columns, zero beyond t. Block sizes: see `_large`.
+    per program (from the cache), the result written once. With weights, a program of the last power
+    also writes its part of the spatial mean of each column, to be added up in a fixed order. Source
+    and result have t_in and t_out columns, zero beyond t. Block sizes: see `_large`.
     """
     image = tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0)
@@ -130,17 +147,18 @@ def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, p
     cols = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     self_ptr += image * n * n
     source_ptr += image * n * t_in
-    y = _product(self_ptr, source_ptr, rows, cols, n, t_in, BLOCK_K) * factor
+    y = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
+    y = _add_product(y, self_ptr, source_ptr, rows, cols, 0, n, t_in, BLOCK_K) * factor
     row_at = (image * n + rows)[:, None]
     rows_ok = (rows < n)[:, None]
-    if columns_ptr is not None:
-        c_ok = rows_ok & (cols < t)[None, :]
-        y += tl.load(columns_ptr + row_at * t + cols[None, :], mask=c_ok, other=0.0).to(tl.float32)
+    c_ok = rows_ok & (cols < t)[None, :] & (last == 0)
+    y += tl.load(columns_ptr + row_at * t + cols[None, :], mask=c_ok, other=0.0).to(tl.float32)
     tl.store(out_ptr + row_at * t_out + cols[None, :], y, mask=rows_ok & (cols < t_out)[None, :])
     if weights_ptr is not None:
-        v = tl.load(weights_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
-        at = (image * tl.num_programs(0) + tile) * t + cols
-        tl.store(partial_ptr + at, tl.sum(y * v[:, None], 0), mask=cols < t)
+        if last > 0:
+            v = tl.load(weights_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)
+            at = (image * tl.num_programs(0) + tile) * t + cols
+            tl.store(partial_ptr + at, tl.sum(y * v[:, None], 0), mask=cols < t)
 
 
 @triton.jit(do_not_specialize=["layers", "more", "parts", "n", "t"])
@@ -151,7 +169,7 @@ def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, mo
     Grid (ceil(n / BLOCK_M), b), BLOCK_T >= t: all columns of a row meet here, so the rest column
     needs no propagation, and so do all layers, added one after another. Everything is read and
     written once, but for the parts of the means, which every program adds up. BLOCK_M * BLOCK_T is
-    2048: 8 registers a thread, and as many for the sum.
+    4096: 16 registers a thread, and as many for the sum.
     """
     b = tl.num_programs(1)
     image = tl.program_id(1).to(tl.int64)
@@ -195,14 +213,13 @@ def _small(self_map, columns, weights, total, powers, gain, scale):
     layers = columns.shape[0] if columns.dim() == 4 else 1
     width = t if weights is None else t + 1
     blocks = triton.cdiv(width, 16)
-    block_m = max(16, triton.next_power_of_2(n)) if n <= 256 else 128
     scratch = columns.new_empty((b, blocks, 3, n, 16), dtype=torch.float32)
     out = columns.new_empty((b, n, width), dtype=torch.float32)
     more, total = (0, out) if total is None else (1, total)
     with on_device_of(columns):
         _complete_kernel[(blocks, b)](
             columns if self_map is None else self_map, columns, weights, total, scratch, out,
-            gain, scale, powers, layers, more, n, t, BLOCK_M=block_m, BLOCK_K=32, COLUMNS=16,
+            gain, scale, powers, layers, more, n, t, BLOCK_M=256, BLOCK_K=32, COLUMNS=16,
             **OPTIONS, num_stages=stages(3))  # fmt: skip
     return out
 
@@ -210,12 +227,12 @@ def _small(self_map, columns, weights, total, powers, gain, scale):
 def _large(self_map, columns, weights, powers, gain, scale):
     """One launch per power; returns the columns and, with weights, the parts of their means.
 
-    About 64 row tiles an image, 16 to 64 rows each, as in `csrc_triton.attention`, and up to 128
-    columns, so that S comes from memory once per power. Columns in between are padded to a multiple
-    of 16, which every program then copies 16 bytes at a time; with weights so is the result.
+    Rows as in `csrc_triton.attention`, and up to 128 columns, so that S comes from memory once per
+    power. Columns in between are padded to a multiple of 16, which every program then copies 16
+    bytes at a time; with weights so is the result.
     """
     b, n, t = columns.shape
-    rows = min(max(triton.next_power_of_2(n) // 64, 16), 64)
+    rows = row_block(n)
     block_t = min(128, max(16, triton.next_power_of_2(t)))
     tiles = triton.cdiv(n, rows)
     padded = triton.cdiv(t, 16) * 16
@@ -227,8 +244,8 @@ def _large(self_map, columns, weights, powers, gain, scale):
         out = columns.new_empty((b, n, width), dtype=torch.float32)
         with on_device_of(columns):
             _propagate_kernel[(tiles, triton.cdiv(t, block_t), b)](
-                self_map, None if last else columns, source, weights if last else None, out,
-                parts if last else None, scale if last else gain, n, t, source.shape[2], width,
+                self_map, columns, source, weights, out, parts, scale if last else gain, int(last),
+                n, t, source.shape[2], width,
                 BLOCK_M=rows, BLOCK_K=32, BLOCK_T=block_t, **OPTIONS,
                 num_stages=stages(3))  # fmt: skip
         source = out
@@ -249,7 +266,7 @@ def propagate(
     """
     check_inputs("propagate", self_map, columns)
     powers, gain, scale = _schedule(propagation, powers)
-    if powers == 0 or columns.shape[1] <= SMALL_N:
+    if powers == 0 or columns.shape[1] <= chosen("SMALL_N", SMALL_N):
         return _small(self_map, columns, None, None, powers, gain, scale)
     return _large(self_map, columns, None, powers, gain, scale)[0]
 
@@ -275,14 +292,14 @@ def complete(
     check_inputs("complete", self_map, cross_map, weights, total)
     powers, gain, scale = _schedule(propagation, powers)
     b, n, t = cross_map.shape[-3:]
-    if powers == 0 or n <= SMALL_N:
+    if powers == 0 or n <= chosen("SMALL_N", SMALL_N):
         return _small(self_map, cross_map, weights, total, powers, gain, scale)
     layers = cross_map.shape[0] if cross_map.dim() == 4 else 1
     stacked = self_map.view(layers * b, n, n), cross_map.view(layers * b, n, t)
     columns, parts = _large(*stacked, weights, powers, gain, scale)
     out = cross_map.new_empty((b, n, t + 1), dtype=torch.float32)
-    block_t = max(16, triton.next_power_of_2(t))
-    rows = max(1, 2048 // block_t)
+    block_t = max(256, triton.next_power_of_2(t))  # one kernel for prompts of 77, 154 and 231
+    rows = max(1, 4096 // block_t)
     more, total = (0, out) if total is None else (1, total)
     with on_device_of(cross_map):
         _renormalise_kernel[(triton.cdiv(n, rows), b)](

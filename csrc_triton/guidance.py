@@ -28,7 +28,7 @@ def _sums(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, image, first
 
     Of every stride-th block of PATCHES patches, from the first one on. The pixels of a patch share
     a label, so they are summed first, and each prediction, label and flag is read once. PATCHES x
-    TOKENS, the comparison of labels with tokens, is at most 4096 elements, 16 registers a thread.
+    TOKENS, the comparison of labels with tokens, is at most 8192 elements, 32 registers a thread.
     """
     token, pixel = tl.arange(0, TOKENS), tl.arange(0, AREA)
     amount = tl.full((TOKENS,), 0.0, tl.float32)
@@ -173,9 +173,14 @@ def partials(pixels: int) -> int:
     return min(8, triton.cdiv(pixels, 512))
 
 
+def _tokens(t: int) -> int:
+    """Lanes for t tokens and the foreground: one kernel for prompts of 77, 154 and 231."""
+    return max(256, triton.next_power_of_2(t + 1))
+
+
 def _sums_blocks(t: int, factor: int) -> dict:
-    tokens, area = triton.next_power_of_2(t + 1), triton.next_power_of_2(factor * factor)
-    patches = max(1, min(4096 // tokens, 1024 // area))
+    tokens, area = _tokens(t), triton.next_power_of_2(factor * factor)
+    patches = max(1, min(8192 // tokens, 1024 // area))
     return dict(FACTOR=factor, AREA=area, PATCHES=patches, TOKENS=tokens)
 
 
@@ -186,7 +191,7 @@ def _guide_blocks(c: int, t: int, parts: int, factor: int, height: int, width: i
     rows = min((rows + factor - 2) // factor + 1, triton.cdiv(height, factor))  # of patches
     window = triton.next_power_of_2(rows * triton.cdiv(width, factor))
     return dict(FACTOR=factor, PARTS=triton.next_power_of_2(parts), CHANNELS=channels,
-                TOKENS=triton.next_power_of_2(t + 1), PIXELS=pixels, WINDOW=window)  # fmt: skip
+                TOKENS=_tokens(t), PIXELS=pixels, WINDOW=window)  # fmt: skip
 
 
 def region_sums(

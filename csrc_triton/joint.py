@@ -7,36 +7,7 @@ from torch import Tensor
 
 from csrc_triton.attention import _blocks
 from csrc_triton.launch import check_inputs, on_device_of
-from csrc_triton.scores import _mean_probabilities, _scores
-
-
-@triton.jit
-def _joint_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, t, HEADS: tl.constexpr, D: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """What `_softmax_statistics` returns, and each row's head-mean probability of image keys."""
-    heads = tl.arange(0, triton.next_power_of_2(HEADS))[None, :]
-    tops = tl.zeros((rows.shape[0], heads.shape[1]), tl.float32)
-    shares = tl.zeros_like(tops)
-    own = tl.zeros((rows.shape[0],), tl.float32)
-    for head in range(HEADS):
-        top = tl.full((rows.shape[0],), float("-inf"), tl.float32)
-        mass = tl.zeros((rows.shape[0],), tl.float32)
-        image = tl.zeros((rows.shape[0],), tl.float32)
-        for start in range(0, m, BLOCK_N):
-            keys = start + tl.arange(0, BLOCK_N)
-            scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
-            new = tl.maximum(top, tl.max(scores, 1))
-            shift = tl.where(new == float("-inf"), 0.0, new)  # every key so far is masked
-            p = tl.exp(scores - shift[:, None])
-            fade = tl.exp(top - shift)
-            mass = mass * fade + tl.sum(p, 1)
-            image = image * fade + tl.sum(tl.where((keys >= t)[None, :], p, 0.0), 1)
-            top = new
-        share = 1.0 / (mass * HEADS)
-        tops = tl.where(heads == head, top[:, None], tops)
-        shares = tl.where(heads == head, share[:, None], shares)
-        own += image * share
-    return tops, shares, own
+from csrc_triton.scores import _all_probabilities, _mean_probabilities, _softmax_statistics
 
 
 @triton.jit
@@ -53,7 +24,7 @@ def _store(self_ptr, cross_ptr, image, rows, keys, total, own, n, m, t,
     tl.store(self_ptr + image * n * (m - t) + at, total, mask=patches)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "t"])
 def _joint_maps_kernel(q_ptr, k_ptr, bias_ptr, self_ptr, cross_ptr, n, m, t,
                        HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ONE_PASS: tl.constexpr,
@@ -72,16 +43,12 @@ def _joint_maps_kernel(q_ptr, k_ptr, bias_ptr, self_ptr, cross_ptr, n, m, t,
         bias_ptr += image * m
     if ONE_PASS:
         keys = tl.arange(0, BLOCK_N)
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for head in range(HEADS):
-            scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
-            p = tl.exp(scores - tl.max(scores, 1)[:, None])
-            total += p * (1.0 / (tl.sum(p, 1) * HEADS))[:, None]
+        total = _all_probabilities(q_ptr, k_ptr, bias_ptr, rows, keys, n, m, HEADS, D, BLOCK_D)
         own = tl.sum(tl.where((keys >= t)[None, :], total, 0.0), 1)
         _store(self_ptr, cross_ptr, image, rows, keys, total, own, n, m, t, RENORMALISE)
     else:
-        tops, shares, own = _joint_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, t, HEADS, D,
-                                              BLOCK_N, BLOCK_D)  # fmt: skip
+        tops, shares, own = _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, t, HEADS, D,
+                                                BLOCK_N, BLOCK_D)  # fmt: skip
         for start in range(0, m, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             total = _mean_probabilities(q_ptr, k_ptr, bias_ptr, tops, shares, rows, keys, n, m,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from csrc_triton import guidance, regions
 from csrc_triton.blur import CENTRE, SIDE, _reflect
+from csrc_triton.choices import chosen
 from csrc_triton.guidance import SIZES, _combine, _region_rates, _scale_of, _sums, _weighted
 from csrc_triton.launch import OPTIONS, check_inputs, on_device_of
 from csrc_triton.regions import _flatness, _segment_tile
@@ -21,15 +22,15 @@ from csrc_triton.regions import _flatness, _segment_tile
 # prediction, SDXL at 1024 has the limits. Arithmetic, not timings: 1024 patches of 77 tokens are
 # some 5 M products, 40,000 clocks, and 1 MB is read and written at 50 bytes per ns, 20 us. Three
 # launches spread that over the GPU, but cost the host two more, for which a fast GPU waits.
-PATCHES, VALUES = 1024, 65536
+PATCHES, VALUES = 1024, 64  # of a patch
 
 
 @triton.jit(do_not_specialize=["u", *SIZES])
 def _guide_evidence_kernel(
-    eps_uncond_ptr, eps_text_ptr, tokens_ptr, start_ptr, guidance_scale, scales_ptr,
+    eps_uncond_ptr, eps_text_ptr, text_ptr, front_ptr, guidance_scale, scales_ptr,
     token_weights_ptr, eps_ptr, rate_ptr, labels_ptr, foreground_ptr, flat_ptr, patch_rates_ptr,
     rate_min, rate_max, max_scale, t, u, c, h, w, height, width,
-    FACTOR: tl.constexpr, FOREGROUND: tl.constexpr, FACTORS: tl.constexpr, WIDTHS: tl.constexpr,
+    FACTOR: tl.constexpr, FOREGROUND: tl.constexpr, FACTORS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_T: tl.constexpr, TOKENS: tl.constexpr,
     AREA: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr):  # fmt: skip
@@ -41,12 +42,12 @@ def _guide_evidence_kernel(
     next, 21 bytes a patch, stays in the cache.
     """
     image = tl.program_id(0).to(tl.int64)
-    flat, both = _flatness(tokens_ptr, start_ptr, image, t, u, h, w, FACTORS)
+    flat, both = _flatness(text_ptr, front_ptr, image, t, u, h, w, FACTORS)
     across = tl.cdiv(w, COLS)
     for tile in range(0, tl.cdiv(h, ROWS) * across):
         top, left = tile // across * ROWS, tile % across * COLS
-        _segment_tile(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, image, flat, both, top,
-                      left, t, u, h, w, FACTORS, WIDTHS, ROWS, COLS, BLOCK_T)  # fmt: skip
+        _segment_tile(text_ptr, front_ptr, labels_ptr, foreground_ptr, image, flat, both, top,
+                      left, t, u, h, w, FACTORS, ROWS, COLS, BLOCK_T)  # fmt: skip
     tl.store(flat_ptr + image, flat)
     tl.debug_barrier()  # labels and foreground are complete
     amount, count = _sums(eps_uncond_ptr, eps_text_ptr, labels_ptr, foreground_ptr, image, 0, 1,
@@ -81,7 +82,7 @@ def _blocks(c: int, t: int, w: int, factor: int, factors: list[int]) -> dict:
     tile, sums = regions._blocks(w, factors), guidance._sums_blocks(t, factor)
     channels = triton.next_power_of_2(c)
     return dict(
-        FACTOR=factor, FACTORS=tile["FACTORS"], WIDTHS=tile["WIDTHS"], ROWS=tile["ROWS"],
+        FACTOR=factor, FACTORS=tile["FACTORS"], ROWS=tile["ROWS"],
         COLS=tile["COLS"], BLOCK_T=tile["TOKENS"], TOKENS=sums["TOKENS"], AREA=sums["AREA"],
         PATCHES=sums["PATCHES"], CHANNELS=channels,
         PIXELS=min(1024, max(32, 2048 // channels)))  # fmt: skip
@@ -106,7 +107,7 @@ def guide_evidence(
     """From the evidence of all levels to the guided prediction.
 
     Twin of `scfg.reference.guide_evidence`: same arguments, same results, accumulated in float32.
-    One launch up to PATCHES patches and VALUES values of a prediction, else three.
+    One launch up to PATCHES patches and VALUES values of a prediction for each of them, else three.
 
     Raises:
         RuntimeError: An input requires grad.
@@ -117,7 +118,8 @@ def guide_evidence(
     b, c, height, width = eps_text.shape
     t = text[0].shape[2] - 1
     limits = dict(rate_min=rate_min, rate_max=rate_max, max_scale=max_scale)
-    if h * w > PATCHES or c * height * width > VALUES:
+    most = chosen("PATCHES", PATCHES)
+    if h * w > most or c * height * width > VALUES * most:
         labels, foreground, flat = regions.segment(text, front, h, w, factors)
         sums = guidance.region_sums(eps_uncond, eps_text, labels, foreground, t, factor)
         eps, rate = guidance.guide(

@@ -23,25 +23,26 @@ def _first_read(fine, size, FACTOR: tl.constexpr):
 
 @triton.jit
 def _blurred_level(x_ptr, column, active, stride, top, left, h, w,
-                   FACTOR: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                   COLS: tl.constexpr):  # fmt: skip
+                   FACTOR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """Some columns of one level, upsampled and blurred on one tile: (COLS, ROWS * columns).
 
     Coarse columns come 16 at a time: a dot 32 deep holds too many operands to stay in registers.
+    How often is a number of the launch, so that all widths of an image share a kernel.
     """
     COLUMNS: tl.constexpr = column.shape[0]
     HEIGHT: tl.constexpr = 2 * ROWS  # at least ROWS + 2, and the 16 a dot takes
     y = _first_read(top, h, FACTOR) + tl.arange(0, HEIGHT)
     y_end = _first_read(tl.minimum(top + ROWS, h) - 1, h, FACTOR) + 3
-    x_end = _first_read(tl.minimum(left + COLS, w) - 1, w, FACTOR) + 3
     width = (w - 1) // FACTOR + 1
+    x_first = _first_read(left, w, FACTOR)
+    x_end = tl.minimum(_first_read(tl.minimum(left + COLS, w) - 1, w, FACTOR) + 3, width)
     active_y = (y < tl.minimum(y_end, (h - 1) // FACTOR + 1))[:, None, None] & active[None, None, :]
     vertical = _blurred_upsampling(top + tl.arange(0, ROWS), y, h, FACTOR)
     total = tl.full((COLS, ROWS * COLUMNS), 0.0, tl.float32)
-    for part in range(0, WIDTH, 16):
-        x = _first_read(left, w, FACTOR) + part + tl.arange(0, 16)
+    for part in tl.range(x_first, x_end, 16, num_stages=1):  # fetched ahead, it spills on sm_80
+        x = part + tl.arange(0, 16)
         offset = ((y[:, None] * width + x[None, :]) * stride)[:, :, None] + column[None, None, :]
-        inside = active_y & (x < tl.minimum(x_end, width))[None, :, None]
+        inside = active_y & (x < x_end)[None, :, None]
         block = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         block = tl.reshape(block, (HEIGHT, 16 * COLUMNS))
         block = tl.dot(vertical, block, input_precision="ieee")
@@ -72,7 +73,7 @@ def _start_is_flat(x_ptr, image, stride, h, w, FACTORS: tl.constexpr):
 
 
 @triton.jit
-def _start_loses(x_ptr, image, last, top, left, h, w, FACTORS: tl.constexpr, WIDTHS: tl.constexpr,
+def _start_loses(x_ptr, image, last, top, left, h, w, FACTORS: tl.constexpr,
                  ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """Whether the last column exceeds START on each patch of a tile: (COLS, ROWS) bool."""
     side = tl.arange(0, 2)  # START, the rest
@@ -81,13 +82,13 @@ def _start_loses(x_ptr, image, last, top, left, h, w, FACTORS: tl.constexpr, WID
         n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
         total += _blurred_level(x_ptr[level] + image * n * (last + 1), side * last, side < 2,
                                 last + 1, top, left, h, w,
-                                FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
+                                FACTORS[level], ROWS, COLS)  # fmt: skip
     margin = tl.where((side == 0)[None, None, :], -1.0, 1.0) * tl.reshape(total, (COLS, ROWS, 2))
     return tl.sum(margin, axis=2) > 0
 
 
 @triton.jit
-def _label_tile(x_ptr, image, top, left, t, h, w, FACTORS: tl.constexpr, WIDTHS: tl.constexpr,
+def _label_tile(x_ptr, image, top, left, t, h, w, FACTORS: tl.constexpr,
                 ROWS: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """The token with the largest evidence on each patch of a tile: (COLS, ROWS) int32."""
     best = tl.full((COLS, ROWS), float("-inf"), tl.float32)
@@ -99,7 +100,7 @@ def _label_tile(x_ptr, image, top, left, t, h, w, FACTORS: tl.constexpr, WIDTHS:
             n = ((h - 1) // FACTORS[level] + 1) * ((w - 1) // FACTORS[level] + 1)
             level_ptr = x_ptr[level] + image * n * (t + 1)
             total += _blurred_level(level_ptr, token, token < t, t + 1, top, left, h, w,
-                                    FACTORS[level], WIDTHS[level], ROWS, COLS)  # fmt: skip
+                                    FACTORS[level], ROWS, COLS)  # fmt: skip
         total = tl.reshape(total, (COLS, ROWS, TOKENS))
         wins = (token < t)[None, None, :] & (total == total)  # NaN does not
         total = tl.where(wins, total, float("-inf"))
@@ -110,18 +111,18 @@ def _label_tile(x_ptr, image, top, left, t, h, w, FACTORS: tl.constexpr, WIDTHS:
 
 
 @triton.jit
-def _flatness(tokens_ptr, start_ptr, image, t, u, h, w, FACTORS: tl.constexpr):
+def _flatness(text_ptr, front_ptr, image, t, u, h, w, FACTORS: tl.constexpr):
     """Whether START is flat in the evidence that marks the foreground, and in both."""
-    flat = _start_is_flat(start_ptr, image, u + 1, h, w, FACTORS)
+    flat = _start_is_flat(front_ptr, image, u + 1, h, w, FACTORS)
     both = flat
     if flat:
-        both = flat & _start_is_flat(tokens_ptr, image, t + 1, h, w, FACTORS)
+        both = flat & _start_is_flat(text_ptr, image, t + 1, h, w, FACTORS)
     return flat, both
 
 
 @triton.jit
-def _segment_tile(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, image, flat, both, top, left,
-                  t, u, h, w, FACTORS: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
+def _segment_tile(text_ptr, front_ptr, labels_ptr, foreground_ptr, image, flat, both, top, left,
+                  t, u, h, w, FACTORS: tl.constexpr, ROWS: tl.constexpr,
                   COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """Write labels and foreground of one tile of ROWS x COLS patches of one image.
 
@@ -129,12 +130,12 @@ def _segment_tile(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, image, flat
     written once. 8 rows and the full width of SD 1.5 and SDXL make the halo, read by two tiles, at
     most a quarter; 16 tokens are two sectors, and all that fits the registers of 8 warps.
     """
-    label = _label_tile(tokens_ptr, image, top, left, t, h, w, FACTORS, WIDTHS, ROWS, COLS, TOKENS)
+    label = _label_tile(text_ptr, image, top, left, t, h, w, FACTORS, ROWS, COLS, TOKENS)
     if flat:
-        marked = _start_loses(tokens_ptr, image, t, top, left, h, w, FACTORS, WIDTHS, ROWS, COLS)
+        marked = _start_loses(text_ptr, image, t, top, left, h, w, FACTORS, ROWS, COLS)
         marked = marked & ~both
     else:
-        marked = _start_loses(start_ptr, image, u, top, left, h, w, FACTORS, WIDTHS, ROWS, COLS)
+        marked = _start_loses(front_ptr, image, u, top, left, h, w, FACTORS, ROWS, COLS)
     row, col = top + tl.arange(0, ROWS)[None, :], left + tl.arange(0, COLS)[:, None]
     offset, inside = (image * h + row) * w + col, (row < h) & (col < w)
     tl.store(labels_ptr + offset, label.to(tl.int64), mask=inside)
@@ -142,27 +143,21 @@ def _segment_tile(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, image, flat
 
 
 @triton.jit(do_not_specialize=["t", "u", "h", "w"])
-def _segment_kernel(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, flat_ptr, t, u, h, w,
-                    FACTORS: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
+def _segment_kernel(text_ptr, front_ptr, labels_ptr, foreground_ptr, flat_ptr, t, u, h, w,
+                    FACTORS: tl.constexpr, ROWS: tl.constexpr,
                     COLS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """One tile of one image, see `_segment_tile`. Grid (b, ceil(h / ROWS), ceil(w / COLS))."""
     image = tl.program_id(0).to(tl.int64)
-    flat, both = _flatness(tokens_ptr, start_ptr, image, t, u, h, w, FACTORS)
+    flat, both = _flatness(text_ptr, front_ptr, image, t, u, h, w, FACTORS)
     top, left = tl.program_id(1) * ROWS, tl.program_id(2) * COLS
-    _segment_tile(tokens_ptr, start_ptr, labels_ptr, foreground_ptr, image, flat, both, top, left,
-                  t, u, h, w, FACTORS, WIDTHS, ROWS, COLS, TOKENS)  # fmt: skip
+    _segment_tile(text_ptr, front_ptr, labels_ptr, foreground_ptr, image, flat, both, top, left,
+                  t, u, h, w, FACTORS, ROWS, COLS, TOKENS)  # fmt: skip
     tl.store(flat_ptr + image, flat)  # the same from every program of the image
 
 
 def _blocks(w: int, factors: list[int]) -> dict:
-    """The constants of `_segment_tile`; WIDTHS, what a tile reads of a coarse row, in sixteens.
-
-    Rounded, so that two widths of an image share a kernel.
-    """
-    cols = 16 if w <= 16 else 32
-    widths = [min((cols - 1) // factor + 3, -(-w // factor)) for factor in factors]
-    widths = tuple(triton.cdiv(width, 16) * 16 for width in widths)
-    return dict(FACTORS=tuple(factors), WIDTHS=widths, ROWS=8, COLS=cols, TOKENS=16)
+    """The constants of `_segment_tile`."""
+    return dict(FACTORS=tuple(factors), ROWS=8, COLS=16 if w <= 16 else 32, TOKENS=16)
 
 
 def segment(

@@ -40,28 +40,49 @@ def _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m,
 
 
 @triton.jit
-def _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, HEADS: tl.constexpr, D: tl.constexpr,
+def _all_probabilities(q_ptr, k_ptr, bias_ptr, rows, keys, n, m,
+                       HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Rows of the map whose keys fit one block: (BLOCK_M, BLOCK_N), every score computed once."""
+    total = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
+    for head in range(HEADS):
+        scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
+        p = tl.exp(scores - tl.max(scores, 1)[:, None])
+        total += p * (1.0 / (tl.sum(p, 1) * HEADS))[:, None]
+    return total
+
+
+@triton.jit
+def _softmax_statistics(q_ptr, k_ptr, bias_ptr, rows, n, m, t, HEADS: tl.constexpr, D: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Largest score and 1 / (heads * sum of exponentials) of each row and head.
 
-    Two (BLOCK_M, heads) blocks in registers: no scratch memory, no barrier between the passes.
+    Two (BLOCK_M, heads) blocks in registers: no scratch memory, no barrier between the passes. And,
+    unless t is None, the head-mean probability of each row's keys from t on.
     """
     heads = tl.arange(0, triton.next_power_of_2(HEADS))[None, :]
     tops = tl.zeros((rows.shape[0], heads.shape[1]), tl.float32)
     shares = tl.zeros_like(tops)
+    own = tl.zeros((rows.shape[0],), tl.float32)
     for head in range(HEADS):
         top = tl.full((rows.shape[0],), float("-inf"), tl.float32)
         mass = tl.zeros((rows.shape[0],), tl.float32)
+        late = tl.zeros((rows.shape[0],), tl.float32)
         for start in range(0, m, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             scores = _scores(q_ptr, k_ptr, bias_ptr, head, rows, keys, n, m, HEADS, D, BLOCK_D)
             new = tl.maximum(top, tl.max(scores, 1))
             shift = tl.where(new == float("-inf"), 0.0, new)  # every key so far is masked
-            mass = mass * tl.exp(top - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
+            p, fade = tl.exp(scores - shift[:, None]), tl.exp(top - shift)
+            mass = mass * fade + tl.sum(p, 1)
+            if t is not None:
+                late = late * fade + tl.sum(tl.where((keys >= t)[None, :], p, 0.0), 1)
             top = new
+        share = 1.0 / (mass * HEADS)
         tops = tl.where(heads == head, top[:, None], tops)
-        shares = tl.where(heads == head, (1.0 / (mass * HEADS))[:, None], shares)
-    return tops, shares
+        shares = tl.where(heads == head, share[:, None], shares)
+        if t is not None:
+            own += late * share
+    return tops, shares, own
 
 
 @triton.jit

@@ -128,6 +128,11 @@ def _function(name: str, backend: str, device: torch.device):
             f"backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs only in "
             "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
         )
+    if device.type == "cuda" and not supported(device):
+        raise RuntimeError(
+            f"backend 'triton' needs an NVIDIA GPU from sm_80 on or AMD, got {device} of compute "
+            f"capability {torch.cuda.get_device_capability(device)}; backend 'torch' runs there"
+        )
     return functools.partial(_launch, name)
 
 
@@ -194,7 +199,9 @@ def _fake_apply(q, k, columns, heads):
 def _fake_region_sums(eps_uncond, eps_text, labels, foreground, token_count, factor):
     b, _, height, width = eps_text.shape
     on_gpu = eps_text.is_cuda and supported(eps_text.device)
-    parts = kernel("partials")(height * width) if on_gpu else 1
+    parts = 1
+    if on_gpu:
+        parts = importlib.import_module("csrc_triton.guidance").partials(height * width)
     return eps_text.new_empty((b, parts, token_count + 1, 2), dtype=_wide(eps_text))
 
 

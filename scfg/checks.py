@@ -9,7 +9,9 @@ import numbers
 import torch
 from torch import Tensor
 
-FLOATS = 2.0**-126, torch.finfo(torch.float32).max  # numbers > 0 that float32 holds in full
+from scfg.config import PROPAGATIONS, SMALLEST
+
+FLOATS = SMALLEST, torch.finfo(torch.float32).max  # numbers > 0 that float32 holds in full
 LARGEST = 1e18  # magnitude of a prediction whose norm is taken in float32
 
 
@@ -106,13 +108,30 @@ def predictions(eps_uncond: Tensor, eps_text: Tensor) -> None:
                 raise ValueError(f"{name} must be within +-{LARGEST:g}, got {x.abs().amax():g}")
 
 
-def scale(guidance_scale: float | Tensor, b: int) -> float | Tensor:
-    """The guidance scale, a float or (b,), as the operations take it."""
-    if isinstance(guidance_scale, Tensor):
-        shape(guidance_scale, "guidance_scale", b)
-        return guidance_scale
-    positive(guidance_scale, "guidance_scale")
-    return float(guidance_scale)
+def guidance_scale(value: float | Tensor) -> None:
+    """Raise unless a guidance scale is a tensor, or a number > 0 that float32 can hold."""
+    if not isinstance(value, Tensor):
+        positive(value, "guidance_scale")
+
+
+def scale(value: float | Tensor, eps: Tensor) -> float | Tensor:
+    """The guidance scale as a float, or as a (b,) float32 tensor on the device of eps.
+
+    Raises:
+        TypeError: It is no number and no tensor.
+        ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
+    """
+    b = eps.shape[0]
+    guidance_scale(value)
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.shape not in ((), (b,)):
+        raise ValueError(f"guidance_scale must be a float or ({b},), got {tuple(value.shape)}")
+    value = value.to(eps.device, torch.float32).expand(b)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (torch.isfinite(value) & (value > 0)).all():
+            raise ValueError(f"guidance_scale must be finite and > 0, got {value.tolist()}")
+    return value
 
 
 def rates(
@@ -143,6 +162,36 @@ def queries_and_keys(q: Tensor, k: Tensor, heads: int, suffix: str = "") -> None
         raise ValueError(f"heads must divide the width {q.shape[2]} of q{suffix}, got {heads}")
 
 
+def blocks(layers: dict[str, list[Tensor]], heads: int) -> None:
+    """Raise unless queries, keys and biases of several blocks, by name, are alike and fit."""
+    count = len(layers["q_self"]) if isinstance(layers["q_self"], (list, tuple)) else 0
+    for name, each in layers.items():
+        listed(each, name, "layer")
+        if not each or len(each) != count:
+            raise ValueError(
+                f"{name} must have as many layers as q_self, {count}, at least one, got {len(each)}"
+            )
+    q_self, k_self, q_cross, k_cross, key_bias = (each[0] for each in layers.values())
+    queries_and_keys(q_self, k_self, heads, "_self[0]")
+    queries_and_keys(q_cross, k_cross, heads, "_cross[0]")
+    shape(q_cross, "q_cross[0]", *q_self.shape)
+    if key_bias is not None:
+        shape(key_bias, "key_bias[0]", q_cross.shape[0], k_cross.shape[1])
+    for name, (first, *others) in layers.items():
+        for layer, x in enumerate(others, 1):
+            if first is not None or x is not None:
+                _alike(x, first, f"{name}[{layer}]")
+
+
+def _alike(x: Tensor, first: Tensor, name: str) -> None:
+    """Raise unless a layer's tensor is one of the first layer's shape and type."""
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name} must be None, as of the first layer, got {type(x).__name__}")
+    shape(x, name, *first.shape)
+    if x.dtype != first.dtype:
+        raise TypeError(f"{name} must be {first.dtype}, as of the first layer, got {x.dtype}")
+
+
 def maps(
     self_map: Tensor | None, columns: Tensor, name: str, propagation: str, powers: int
 ) -> None:
@@ -153,7 +202,7 @@ def maps(
     stack = columns.shape[:1] if isinstance(columns, Tensor) and columns.dim() == 4 else ()
     shape(columns, name, *stack, "b", "n", "t")
     floating(columns, name)
-    one_of(propagation, "propagation", ("paper", "official", "none"))
+    one_of(propagation, "propagation", PROPAGATIONS)
     whole(powers, "powers")
     if propagation == "none":
         return

@@ -35,39 +35,6 @@ class Guided:
     rule: str = ""
 
 
-def check_scale(guidance_scale: float | Tensor) -> None:
-    """Raise unless a guidance scale is a tensor, or a number > 0 that float32 can hold.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: It is out of range.
-    """
-    if not isinstance(guidance_scale, Tensor):
-        checks.positive(guidance_scale, "guidance_scale")
-
-
-def as_scale(guidance_scale: float | Tensor, eps: Tensor) -> float | Tensor:
-    """The guidance scale as a float, or as a (b,) float32 tensor on the device of eps.
-
-    Raises:
-        TypeError: It is no number and no tensor.
-        ValueError: It is not finite and > 0 (a tensor is checked on a CPU only), or not (b,).
-    """
-    b = eps.shape[0]
-    check_scale(guidance_scale)
-    if not isinstance(guidance_scale, Tensor):
-        return float(guidance_scale)
-    if guidance_scale.shape not in ((), (b,)):
-        raise ValueError(
-            f"guidance_scale must be a float or of shape ({b},), got {tuple(guidance_scale.shape)}"
-        )
-    scale = guidance_scale.to(eps.device, torch.float32).expand(b)
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"guidance_scale must be finite and > 0, got {scale.tolist()}")
-    return scale
-
-
 def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: ``eps_uncond + guidance_scale * (eps_text - eps_uncond)``.
 
@@ -86,7 +53,7 @@ def cfg(eps_uncond: Tensor, eps_text: Tensor, guidance_scale: float | Tensor) ->
     checks.shape(eps_text, "eps_text", "b", "c", "H", "W")
     checks.shape(eps_uncond, "eps_uncond", *eps_text.shape)
     wide = torch.promote_types(eps_text.dtype, torch.float32)
-    scale = as_scale(guidance_scale, eps_text)
+    scale = checks.scale(guidance_scale, eps_text)
     if isinstance(scale, Tensor):
         scale = scale.to(wide)[:, None, None, None]
     eps = eps_uncond.to(wide) + scale * (eps_text.to(wide) - eps_uncond.to(wide))
@@ -136,7 +103,7 @@ def guide_regions(
             and > 0 (checked on a CPU only).
     """
     factor = _pixels_per_patch(eps_text, regions.labels)
-    scale = as_scale(guidance_scale, eps_text)
+    scale = checks.scale(guidance_scale, eps_text)
     token_weights = _row_weights(token_weights, eps_text, regions.tokens)
     frames = eps_text.shape[2] if eps_text.dim() == 5 else 1
     labels, foreground = regions.labels, regions.foreground
@@ -209,7 +176,7 @@ def guide_evidence(
         eps_uncond,
         eps_text,
         **evidence_levels(uncond=uncond, text=text, config=config),
-        guidance_scale=as_scale(guidance_scale, eps_text),
+        guidance_scale=guidance_scale,
         factor=config.map_reduction,
         benchmark=benchmark,
         rate_min=config.rate_min,

@@ -64,39 +64,10 @@ def stacked_maps(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Maps of several blocks of one shape, see `scfg.reference.stacked_maps`."""
-    blocks = dict(q_self=q_self, k_self=k_self, q_cross=q_cross, k_cross=k_cross, key_bias=key_bias)
-    for name, layers in blocks.items():
-        checks.listed(layers, name, "layer")
-        if not layers or len(layers) != len(q_self):
-            raise ValueError(
-                f"{name} must have as many layers as q_self, {len(q_self)}, at least one, got "
-                f"{len(layers)}"
-            )
-    checks.queries_and_keys(q_self[0], k_self[0], heads, "_self[0]")
-    checks.queries_and_keys(q_cross[0], k_cross[0], heads, "_cross[0]")
-    checks.shape(q_cross[0], "q_cross[0]", *q_self[0].shape)
-    if key_bias[0] is not None:
-        checks.shape(key_bias[0], "key_bias[0]", q_cross[0].shape[0], k_cross[0].shape[1])
-    for name, layers in blocks.items():
-        first = layers[0]
-        for layer, x in enumerate(layers[1:], 1):
-            if first is not None or x is not None:
-                _alike(x, first, f"{name}[{layer}]")
-    return backends.run(
-        "stacked_maps",
-        backend,
-        **{name: list(layers) for name, layers in blocks.items()},
-        heads=heads,
-    )
-
-
-def _alike(x: Tensor, first: Tensor, name: str) -> None:
-    """Raise unless a layer's tensor is one of the first layer's shape and type."""
-    if not isinstance(first, Tensor):
-        raise TypeError(f"{name} must be None, as of the first layer, got {type(x).__name__}")
-    checks.shape(x, name, *first.shape)
-    if x.dtype != first.dtype:
-        raise TypeError(f"{name} must be {first.dtype}, as of the first layer, got {x.dtype}")
+    layers = dict(q_self=q_self, k_self=k_self, q_cross=q_cross, k_cross=k_cross, key_bias=key_bias)
+    checks.blocks(layers, heads)
+    lists = {name: list(each) for name, each in layers.items()}
+    return backends.run("stacked_maps", backend, **lists, heads=heads)
 
 
 def joint_maps(
@@ -250,7 +221,7 @@ def guide(
 ) -> tuple[Tensor, Tensor]:
     """Rates of the regions and the guided prediction, see `scfg.reference.guide`."""
     checks.predictions(eps_uncond, eps_text)
-    b = eps_uncond.shape[0]
+    b = eps_text.shape[0]
     checks.shape(sums, "sums", b, "p", "t+1", 2)
     checks.labels(eps_text, labels, factor, sums.shape[2] - 1)
     if token_weights is not None:
@@ -263,7 +234,7 @@ def guide(
         eps_text=eps_text,
         labels=labels,
         sums=sums,
-        guidance_scale=checks.scale(guidance_scale, b),
+        guidance_scale=checks.scale(guidance_scale, eps_text),
         factor=factor,
         **checks.rates(benchmark, rate_min, rate_max, max_scale),
         token_weights=token_weights,
@@ -311,7 +282,7 @@ def guide_evidence(
         h=h,
         w=w,
         factors=list(factors),
-        guidance_scale=checks.scale(guidance_scale, b),
+        guidance_scale=checks.scale(guidance_scale, eps_text),
         factor=factor,
         **checks.rates(benchmark, rate_min, rate_max, max_scale),
         token_weights=token_weights,

@@ -9,20 +9,6 @@ from scfg.evaluate import draw
 from scfg.evaluate.draw import Point
 from scfg.evaluate.run import one_of_all, share
 from scfg.evaluate.work import Plan
-from scfg.models.embedded import ModelConfig
-from scfg.models.unet import UNetConfig
-
-UNET = UNetConfig(
-    in_channels=48,
-    out_channels=48,
-    block_out_channels=(16, 32),
-    transformer_depth=(1, 1),
-    heads=(2, 2),
-    layers_per_block=1,
-    cross_attention_dim=32,
-    norm_groups=8,
-)
-TINY = ModelConfig(UNET, text_layers=1, text_heads=2)
 
 PLAN = Plan(
     points=(Point("cfg", 2.0), Point("shuffled", 2.0), Point("oracle", 2.0, 349)),

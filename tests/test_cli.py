@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it says, what its pictures show."""
+"""The command line: what it writes, what it says, what it refuses."""
 
 import os
 import subprocess
@@ -15,17 +15,8 @@ import scfg
 from scfg import __main__ as cli
 from scfg.__main__ import settings
 from scfg.drawing.generate import Request, draw
-from scfg.drawing.panel import GAP, MARGIN, SIDE, panel
-from scfg.drawing.picture import (
-    CELL,
-    NO_WORD,
-    draw_regions,
-    owned_phrases,
-    phrase_colours,
-    phrases,
-    rate_range,
-    viridis,
-)
+from scfg.drawing.panel import GAP, MARGIN, SIDE
+from scfg.drawing.picture import CELL
 from scfg.models.embedded import WEIGHTS
 from scfg.options import build_parser
 
@@ -174,26 +165,28 @@ def test_a_bad_option_is_named_with_exit_status_2(run, capsys, options, message)
 
 
 @pytest.mark.parametrize(
-    "options", [["--count", "0"], ["--sampler", "heun"], ["--method", "x"], ["--seed", "one"]]
-)
-def test_what_argparse_refuses_has_exit_status_2(run, capsys, options):
+    ("options", "message"),
+    [
+        (["--count", "0"], ""),
+        (["--sampler", "heun"], "invalid choice"),
+        (["--method", "x"], "invalid choice"),
+        (["--seed", "one"], "invalid int"),
+        *((["--token-weight", text], "must be PHRASE=FACTOR")
+          for text in ("red", "red=", "red=0", "=2", "red=nan")),
+    ],
+)  # fmt: skip
+def test_what_argparse_refuses_has_exit_status_2(run, capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
         run(*options)
     assert stopped.value.code == 2
-    assert options[0] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert options[0] in said and message in said
 
 
 @pytest.mark.parametrize("prompt", ["", "  "])
 def test_an_empty_prompt_is_refused(run, capsys, prompt):
     assert run(prompt=prompt) == 2
     assert "prompt must have a word" in capsys.readouterr().err
-
-
-def test_punctuation_after_a_word_is_left_out(run):
-    assert run("--out", "one.png", "--method", "scfg") == 0
-    with_stops = PROMPT.replace("circle", "circle,") + "."
-    assert run("--out", "two.png", "--method", "scfg", prompt=with_stops) == 0
-    assert np.array_equal(cells("one.png", 1, 1)[0][0], cells("two.png", 1, 1)[0][0])
 
 
 @pytest.mark.parametrize(
@@ -279,11 +272,6 @@ def test_the_version_is_that_of_what_runs(monkeypatch, tmp_path, capsys):
         assert capsys.readouterr().out.startswith(f"scfg {expected}")
 
 
-def test_the_version_is_one():
-    project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
-    assert f'\nversion = "{scfg.__version__}"\n' in project
-
-
 def test_help_names_the_words_and_no_default_of_none(capsys):
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
@@ -309,69 +297,3 @@ def test_the_module_reports_errors_to_the_shell(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("scfg generate: error: nowhere must be a file or a folder")
-
-
-def test_regions_have_the_colour_of_their_phrase_and_markers_none():
-    words = (None, "red", "circle", "on", None, "sky")
-    labels = torch.tensor([[0, 1, 1, 2], [3, 2, 2, 2]])
-    assert owned_phrases(words, [labels]) == {"red circle"}  # "sky" owns nothing, "on" is small
-    colours = phrase_colours(words)
-    cell = np.array(draw_regions(torch.zeros(3, 64, 64), labels, words, colours)).astype(int)
-    size = (CELL // 2, CELL // 4)
-    for (row, column), label in np.ndenumerate(labels.numpy()):
-        pixel = cell[row * size[0] + 10, column * size[1] + 10]
-        colour = colours["red circle"] if label in (1, 2) else NO_WORD
-        colour = np.array(list(bytes.fromhex(colour[1:])))
-        grey = int(100 + 0.6 * 128)
-        assert (abs(pixel - (0.75 * colour + 0.25 * grey)) <= 2).all(), (row, column)
-
-
-def test_a_phrase_that_names_a_colour_has_it_once_and_no_two_share_one():
-    words = (None, "a", "red", "circle", "and", "red", "owl", "on", "blue", "ground", None)
-    colours = phrase_colours(words)
-    assert list(colours) == ["red circle", "red owl", "blue ground"]
-    assert (colours["red circle"], colours["blue ground"]) == ("#d55e00", "#0072b2")
-    assert len(set(colours.values())) == 3
-    labels = [torch.arange(4).view(2, 2), torch.tensor([[8, 0]])]
-    assert owned_phrases(words, labels) == {"red circle", "blue ground"}
-    pieces = phrases(("a", "strawberry", "strawberry", "and", "strawberry", None))
-    assert pieces == {"strawberry": [1, 2, 4]}
-
-
-def test_the_rate_colours_are_viridis():
-    colormaps = pytest.importorskip("matplotlib").colormaps
-    values = np.linspace(0.8, 3, 50)[None]
-    expected = colormaps["viridis"]((values - 0.8) / 2.2)[..., :3] * 255
-    assert abs(np.array(viridis(values, 0.8, 3)) - expected).max() < 7
-
-
-def test_the_ends_of_the_rate_bar_enclose_the_rates():
-    rates = [torch.tensor([[0.8, 1.23]]), torch.tensor([[0.97, 2.0]])]
-    assert rate_range(rates) == (0.8, 2.0)
-    assert rate_range([torch.ones(2, 2)]) == (1.0, 1.1)
-
-
-def test_a_long_prompt_makes_the_panel_taller_not_wider(model):
-    short = "a red owl"
-    long = "red owl and blue car on green star and yellow house and purple"
-    images = [generate(model, [text], [0], steps=2, trace=True) for text in (short, long)]
-    pictures = [panel([{"scfg": image}], 1, "settings") for image in images]
-    assert pictures[0].width == pictures[1].width
-    assert pictures[0].height < pictures[1].height
-
-
-@pytest.mark.parametrize("text", ["red", "red=", "red=0", "=2", "red=nan"])
-def test_a_token_weight_is_a_phrase_and_a_positive_factor(run, capsys, text):
-    with pytest.raises(SystemExit) as stop:
-        run("--token-weight", text)
-    assert stop.value.code == 2
-    assert "must be PHRASE=FACTOR" in capsys.readouterr().err
-
-
-def test_window_and_token_weights_reach_the_drawing(run, model):
-    options = ("--token-weight", "red penguin=2", "--start", "0.5", "--every", "2", "--quiet")
-    assert run("--out", "out.png", "--seed", "4", *options) == 0
-    expected = generate(
-        model, [PROMPT], [4], steps=3, token_weights={"red penguin": 2.0}, start=0.5, every=2
-    )
-    assert np.array_equal(cells("out.png", 1, 2)[0][1][::5, ::5], bytes_of(expected.images[0]))

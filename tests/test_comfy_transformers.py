@@ -14,18 +14,9 @@ import scfg
 if importlib.util.find_spec("comfy") is None:
     pytest.skip("ComfyUI is not on the path", allow_module_level=True)
 
+from comfy_by_hand import OVERRIDE, columns_of, evidence, rates, watched  # noqa: E402
 from comfy_hosts import PLAIN, guided, hooks, little_memory  # noqa: E402
-from comfy_transformers import (  # noqa: E402
-    HOSTS,
-    OVERRIDE,
-    columns_of,
-    evidence,
-    flux2,
-    prompts,
-    rates,
-    sample,
-    watched,
-)
+from comfy_transformers import HOSTS, flux2, prompts, sample  # noqa: E402
 
 from scfg.adapters.comfyui.layouts import kind_of  # noqa: E402
 from scfg.adapters.comfyui.nodes import (  # noqa: E402

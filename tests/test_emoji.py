@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close
+from safetensors.torch import load_file
 
 from scfg.models import emoji, judge
 from scfg.models.files import read_tensors
@@ -31,6 +32,7 @@ def test_captions_say_what_is_there_and_fit_the_tokens():
         assert [" ".join(words[a:b]) for a, b in spans] == [r.phrase for r in scene.regions]
     assert TOKENIZER.phrase_spans("") == ()
     assert TOKENIZER.phrase_spans("a red owl a") == ((2, 4), (5, 5))
+    assert TOKENIZER.tokens("a red, owl!") == TOKENIZER.tokens("a red owl")
 
 
 def test_tokens_round_trip_and_are_padded_with_end():
@@ -110,7 +112,7 @@ def test_masks_partition_the_image_and_lie_where_the_objects_are():
 
 
 def test_a_lone_sprite_is_its_art_over_the_ground():
-    art, _ = emoji._sprites()
+    art = load_file(emoji.ART)["sprites"] / 255
     one = emoji.Region("star", x=30.0, y=28.0, size=48.0)
     (image,), (masks,) = emoji.render([emoji.Scene((one,), emoji.Region("background", "gray"))])
     rgba = art[list(emoji.NOUNS).index("star")]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close
-from evaluate_worker import TINY
-from tiny import generate
+from tiny import generate, tiny_model
 
 from scfg import reference
 from scfg.evaluate import draw as drawing
@@ -26,21 +25,44 @@ from scfg.evaluate.regions import (
 )
 from scfg.guidance import Guided, guide_regions
 from scfg.methods.samg import samg
-from scfg.models.embedded import CONFIG, assemble, networks, to_latents
+from scfg.models.embedded import CONFIG, ModelConfig, assemble, networks, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.judge import patch_regions
+from scfg.models.transformer import JointTransformer, TransformerConfig
+from scfg.recording.wrapper import Recorder
 from scfg.regions import Regions
 
 SCENES = sample_scenes(6, np.random.default_rng(3))
 CAPTIONS = [caption(one) for one in SCENES]
 
 
-@pytest.fixture(scope="module")
-def model():
+TRANSFORMER = ModelConfig(
+    unet=None,
+    transformer=TransformerConfig(width=32, depth=3, heads=2, context_dim=16),
+    text_layers=1,
+)
+
+
+@pytest.fixture(scope="module", params=["unet", "transformer"])
+def model(request):
+    return tiny_model(1) if request.param == "unet" else seeing_transformer()
+
+
+def seeing_transformer():
+    """Words differ in where they are seen, however little, and that counts."""
     with torch.random.fork_rng():
-        torch.manual_seed(1)
-        parts = networks(TINY)
-    return assemble(parts.eval().requires_grad_(False), TINY)
+        torch.manual_seed(2)
+        parts = networks(TRANSFORMER).eval().requires_grad_(False)
+        for p in parts.parameters():
+            p += 0.2 * torch.randn_like(p)
+    config = dataclasses.replace(CONFIG, min_share=0.0, min_peak=0.0)
+    return dataclasses.replace(assemble(parts, TRANSFORMER), config=config)
+
+
+@pytest.fixture(scope="module")
+def first(model):
+    """A level of its probes that is not the whole."""
+    return "block 1" if isinstance(model.network, JointTransformer) else "8 x 8"
 
 
 @pytest.fixture
@@ -91,16 +113,36 @@ def test_means_over_regions():
     assert means[[0, 4]].tolist() == [2, 6] and means[1:4].isnan().all()
 
 
-def test_variants_are_scored_as_they_are_found(model):
+def test_variants_are_scored_as_they_are_found(model, first):
     seen = probe(model, SCENES[:2], [0, 1], 500)
     scores = score(seen)
-    assert scores["overlap"].shape == (2, len(variants()), 6)
-    way = ("paper", 3, "8 x 8")
+    ways = variants(seen.levels)
+    assert scores["overlap"].shape == (2, len(ways), 6)
+    way = ("paper", 4, first)
     out = find(seen, *way)
     expected = overlaps(out.labels, out.foreground, seen.truth, seen.owners)
-    assert_close(actual=scores["overlap"][:, variants().index(way)], expected=expected)
+    assert_close(actual=scores["overlap"][:, ways.index(way)], expected=expected)
     area = torch.stack([(seen.truth == r).float().mean((1, 2)) for r in range(GROUND + 1)], dim=1)
     assert_close(actual=(scores["norm"] * area).nansum(1), expected=torch.ones(2), share=1e-5)
+
+
+def test_a_block_of_a_transformer_is_looked_at_alone():
+    model = seeing_transformer()
+    seen = probe(model, SCENES[:2], [0, 1], 500)
+    assert seen.levels == ("block 0", "block 1", "block 2", "all", "auto")
+    context = torch.cat([model.encode([""] * 2), model.encode(CAPTIONS[:2])])
+    seeds = [torch.Generator().manual_seed(i) for i in (0, 1)]
+    noise = torch.stack([torch.randn(model.latent_shape, generator=seed) for seed in seeds])
+    x = noised(model, render(SCENES[:2])[0], noise, 500).repeat(2, 1, 1, 1)
+    rates = {level: find(seen, "official", 2, level).rate for level in seen.levels}
+    for layers, level in ((None, "all"), ((0,), "block 0"), ((2,), "block 2")):
+        config = dataclasses.replace(model.config, propagation="official", layers=layers)
+        with Recorder(model.network, config) as unet:
+            unet.words = model.words(["", "", *CAPTIONS[:2]])
+            both = unet.record(x, lambda: model.unet(x, 500, context))
+            expected = unet.guide(*both.chunk(2), 4.0).rate
+        assert_close(actual=rates[level], expected=expected, share=1e-5)
+    assert all((rates[level] != rates["all"]).any() for level in seen.levels[:3])
 
 
 def test_a_probe_does_not_depend_on_its_batch(model):
@@ -137,7 +179,7 @@ def test_with_the_regions_that_were_found_the_oracle_is_scfg(model, monkeypatch,
         actual=x, expected=abar.sqrt() * to_latents(images) + (1 - abar).sqrt() * noise, share=1e-6
     )
     seen = probe(model, pair, [5, 6], step[0])
-    found = find(seen, "paper", 4, "both")
+    found = find(seen, "paper", 4, seen.levels[-1])
     regions = Regions(found.labels, found.foreground, seen.owners.shape[1], found.start_is_flat)
     monkeypatch.setattr(drawing, "true_regions", lambda *_: regions)
     monkeypatch.setattr(model.schedule.__class__, "timesteps", lambda *_: step[:1])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_worker import PLAN, TINY
+from evaluate_worker import PLAN
+from tiny import MODEL
 
 from scfg.__main__ import build_parser
 from scfg.evaluate import run
@@ -27,7 +28,7 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_weights(networks(TINY), TINY, path)
+        save_weights(networks(MODEL), MODEL, path)
     return path
 
 

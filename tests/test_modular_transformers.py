@@ -7,7 +7,8 @@ import torch
 from conftest import assert_close
 
 import scfg
-from scfg.recording.layouts import find_layout, unpack
+from scfg.recording.layouts import find_layout
+from scfg.recording.packing import unpack
 
 pytest.importorskip("diffusers.modular_pipelines")
 from diffusers.guiders import ClassifierFreeGuidance  # noqa: E402

@@ -43,7 +43,7 @@ def arguments(dtype=torch.float32):
     }
 
 
-@pytest.mark.parametrize("name", [n for n in csrc_triton.__all__ if n != "partials"])
+@pytest.mark.parametrize("name", csrc_triton.__all__)
 def test_an_operation_has_the_parameters_and_defaults_of_its_definition(name):
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (ops, reference))
     *own, backend = ours.values()
@@ -135,7 +135,7 @@ def test_autocast_does_not_reach_the_operations():
         ("guide", 2, torch.full((2, 5, 7), 7), r"labels must be in \[0, 7\)"),
         ("region_sums", 2, torch.full((2, 5, 7), -1), r"labels must be in \[0, 7\)"),
         ("guide_evidence", 4, 6, r"text\[0\] must have shape"),
-        ("guide", 4, torch.ones(3), r"guidance_scale must have shape \(2\)"),
+        ("guide", 4, torch.ones(3), r"guidance_scale must be a float or \(2,\)"),
         ("guide", 10, torch.ones(2, 8), r"token_weights must have shape \(2, 7\)"),
     ],
 )

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import scfg
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "scfg").rglob("*.py"), *(ROOT / "csrc_triton").glob("*.py")])
 # A file imports from lower floors, and from its own folder where that makes no circle.
 FLOORS = {
     "csrc_triton": 0,
-    "scfg/checks": 1, "scfg/config": 1, "scfg/reference": 1, "scfg/sampling": 1,
+    "scfg/config": 1, "scfg/reference": 1, "scfg/sampling": 1,
+    "scfg/checks": 1.5,
     "scfg/backends": 2, "scfg/models/files": 2, "scfg/models/unet": 2,
     "scfg/ops": 3,
     "scfg/patches": 3.5,
@@ -137,6 +140,11 @@ def test_nothing_reads_pickles_or_the_environment():
         assert not re.search(
             r"\bimport pickle\b|torch\.load\(|torch\.save\(|os\.environ|getenv", text
         ), path
+
+
+def test_the_version_is_one():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{scfg.__version__}"\n' in project
 
 
 def test_every_module_says_what_it_is():

@@ -73,30 +73,22 @@ def test_perfect_x0_becomes_the_noise_that_was_added():
     assert_close(actual=seen["x"], expected=(1 - s) * x0 + s * eps, share=1e-6)
 
 
-def test_the_loss_is_that_of_the_velocity_on_the_straight_path(monkeypatch):
-    trainer = Trainer(PLAN)
-    kept = {}
+def test_the_loss_is_that_of_the_velocity_on_the_straight_path():
+    trainer, kept = Trainer(PLAN), {}
 
-    def predict(x, s, tokens):
-        kept.update(x=x, s=s)
-        return torch.zeros_like(x)
+    def nothing(x, s, tokens):
+        kept.update(x=x.double(), s=s.double()[:, None, None, None])
+        return torch.zeros_like(x, requires_grad=True)
 
-    monkeypatch.setattr(trainer, "predict", predict)
-    levels = trainer._levels
-
-    def fixed(count, generator):
-        _, _, _, weight = levels(count, generator)
-        s = torch.full_like(weight, 0.4)
-        return s, 1 - s, s, s.clamp_min(LEAST_LEVEL) ** -2
-
-    monkeypatch.setattr(trainer, "_levels", fixed)
-    loss = trainer._loss(np.random.default_rng(1))
-    # v = eps - x0 and x = 0.6 x0 + 0.4 eps; x0 predicted as 0 is the velocity x / 0.4.
-    scenes = np.random.default_rng(1)
-    x0 = to_latents(render(sample_scenes(16, scenes))[0])
-    eps = (kept["x"] - 0.6 * x0) / 0.4
-    expected = (kept["x"] / 0.4 - (eps - x0)).square().mean()
-    assert_close(actual=loss, expected=expected, share=1e-5)
+    trainer.predict = nothing
+    loss = trainer.step()
+    # v = eps - x0 and x = (1 - s) x0 + s eps; x0 predicted as 0 is the velocity x / s.
+    x, s = kept["x"], kept["s"]
+    x0 = to_latents(render(sample_scenes(16, np.random.default_rng([0, 0, 0])))[0])
+    eps = (x - (1 - s) * x0) / s
+    expected = (x / s - (eps - x0)).square() * (s / LEAST_LEVEL).clamp(max=1) ** 2
+    assert_close(actual=loss, expected=expected.mean(), share=1e-5)
+    assert s.std() > 0.1
 
 
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path):

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from by_hand import blurred, region_rates
 from conftest import assert_close
 from torch.nn import functional as F
 from transformer_hosts import HOSTS, B, build, output
 
 import scfg
-from scfg.recording.layouts import find_layout, unpack
+from scfg.recording.layouts import find_layout
+from scfg.recording.packing import unpack
 from scfg.recording.replayed import TransformerRecorder
 
 READ = {
@@ -146,12 +148,7 @@ def test_labels_and_rates_follow_from_those_maps(name, monkeypatch):
     side = norm.shape[-1] // w
     owner = guided.labels.reshape(B, f, h, w)
     owner = owner.repeat_interleave(side, -2).repeat_interleave(side, -1)
-    rate = torch.empty_like(norm)
-    for row in range(B):
-        for token in owner[row].unique():
-            inside = owner[row] == token
-            rate[row][inside] = (norm[row].mean() / norm[row][inside].mean()).clamp(0.8, 3.0)
-    rate = blurred(rate[:, None])[:, 0].clamp(max=15 / 4)
+    rate = region_rates(norm, owner)
     assert_close(actual=guided.rate.reshape(rate.shape), expected=rate, share=1e-5, what="rate")
     assert guided.rule == "image" and guided.foreground.all()
     eps = image(uncond).double() + 4.0 * rate.reshape(guided.rate.shape) * eta.reshape(
@@ -166,11 +163,3 @@ def call_form(x):
 
 def pixels(x):
     return (1, *x.shape[-2:]) if x.dim() == 4 else x.shape[-3:]
-
-
-def blurred(x):
-    """3 x 3 Gaussian with exp(-1) beside 1, reflecting, over the last two axes."""
-    kernel = torch.tensor([math.exp(-1), 1, math.exp(-1)], dtype=torch.float64)
-    kernel = torch.outer(kernel, kernel)[None, None] / kernel.sum() ** 2
-    flat = x.double().reshape(-1, 1, *x.shape[-2:])
-    return F.conv2d(F.pad(flat, (1, 1, 1, 1), mode="reflect"), kernel).reshape(x.shape)

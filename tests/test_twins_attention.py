@@ -138,7 +138,7 @@ def test_stacked_maps_are_those_of_each_layer_bit_for_bit(layers, masked):
 def test_layers_completed_together_are_added_in_order_bit_for_bit(
     total, propagation, small_n, monkeypatch
 ):
-    monkeypatch.setattr(propagate, "SMALL_N", small_n)
+    monkeypatch.setattr(propagate, "chosen", lambda name, reasoned: small_n)
     self_map, cross_map = (x.view(4, 3, 35, -1) for x in maps(12, 35, 20))
     both = propagate.complete(self_map, cross_map, weights(35), total, propagation, 3)
     check("complete", self_map, cross_map, weights(35), total, propagation, 3)
@@ -188,11 +188,11 @@ def test_attention_apply(b, n, m, t, heads, d, dtype):
 @pytest.mark.parametrize("b, n, t", [(3, 35, 20), (1, 99, 77), (2, 35, 1), (1, 20, 154)])
 class TestPropagation:
     def test_propagate(self, b, n, t, dtype, propagation, small_n, monkeypatch):
-        monkeypatch.setattr(propagate, "SMALL_N", small_n)
+        monkeypatch.setattr(propagate, "chosen", lambda name, reasoned: small_n)
         check("propagate", *maps(b, n, t, dtype), propagation, 4)
 
     def test_complete(self, b, n, t, dtype, propagation, small_n, monkeypatch):
-        monkeypatch.setattr(propagate, "SMALL_N", small_n)
+        monkeypatch.setattr(propagate, "chosen", lambda name, reasoned: small_n)
         total = None if propagation == "official" else rand(2, b, n, t + 1).abs()
         check("complete", *maps(b, n, t, dtype), weights(n), total, propagation, 3)
 
@@ -234,7 +234,7 @@ def images():
 def launch(request, monkeypatch):
     """A launcher and its arguments; the large path of propagation where the name says so."""
     if "per power" in request.param:
-        monkeypatch.setattr(propagate, "SMALL_N", 16)
+        monkeypatch.setattr(propagate, "chosen", lambda name, reasoned: 16)
     return twin(request.param.split()[0]), images()[request.param]
 
 
@@ -284,7 +284,7 @@ class Counted:
 
 @pytest.mark.parametrize("small_n, launches", [(35, 2), (34, 6)])
 def test_a_layer_takes_two_launches_or_one_per_power_and_two(small_n, launches, monkeypatch):
-    monkeypatch.setattr(propagate, "SMALL_N", small_n)
+    monkeypatch.setattr(propagate, "chosen", lambda name, reasoned: small_n)
     counts = []
     for module in (attention, propagate):
         for name in dir(module):

@@ -8,7 +8,7 @@ from conftest import DEVICE, Golden, assert_close
 
 import csrc_triton
 import scfg
-from csrc_triton import onepass
+from csrc_triton import guidance, onepass
 from scfg import reference
 
 DTYPES = [
@@ -78,7 +78,7 @@ def check(actual, plain, exact, what):
     assert_close(actual=actual, expected=exact, share=share, what=what)
 
 
-@pytest.mark.parametrize("name", [n for n in csrc_triton.__all__ if n != "partials"])
+@pytest.mark.parametrize("name", csrc_triton.__all__)
 def test_twins_have_one_signature(name):
     ours, theirs = (inspect.signature(getattr(m, name)) for m in (csrc_triton, reference))
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
@@ -132,7 +132,7 @@ def test_the_lowest_of_equal_tokens_wins_within_and_across_blocks_of_tokens():
 def test_region_sums(b, c, height, width, factor, t, dtype):
     args = (*predictions(b, c, height, width, factor, t, dtype), t, factor)
     sums = csrc_triton.region_sums(*args)
-    assert sums.shape[1] == csrc_triton.partials(height * width)
+    assert sums.shape[1] == guidance.partials(height * width)
     results = sums, reference.region_sums(*args), reference.region_sums(*double(args))
     (amount, count), plain, exact = (x.double().sum(1).unbind(-1) for x in results)
     assert torch.equal(count, exact[1])
@@ -201,7 +201,7 @@ def test_one_launch_gives_the_bits_of_three(
     scale = torch.linspace(2, 9, b, device=DEVICE) if b > 1 else 7.5
     args = (*eps, tokens, start, h, w, factors, scale, factor)
     one = csrc_triton.guide_evidence(*args)
-    monkeypatch.setattr(onepass, "PATCHES", 0)
+    monkeypatch.setattr(onepass, "chosen", lambda name, reasoned: 0)
     three = csrc_triton.guide_evidence(*args)
     assert all(same_bits(x, y) for x, y in zip(one, three, strict=True))
     assert one[4][0].item() is flat

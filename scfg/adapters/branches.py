@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from scfg.patches import needs_uncond
-from scfg.recording.layouts import call_arguments, find_layout, repack, unpack
+from scfg.recording.layouts import call_arguments, find_layout
+from scfg.recording.packing import repack, unpack
 from scfg.recording.replayed import MissingLayers, TransformerRecorder
 from scfg.recording.words import weigh_columns, words_table
 from scfg.regions import Regions, find_regions

@@ -16,9 +16,10 @@ from scfg import checks
 from scfg.adapters.around import around
 from scfg.config import SCFGConfig
 from scfg.evidence import Evidence
-from scfg.guidance import Guided, check_scale
+from scfg.guidance import Guided
 from scfg.patches import needs_uncond
-from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
+from scfg.recording.layouts import Grid, Layout, find_layout
+from scfg.recording.packing import repack, unpack
 from scfg.recording.phrases import refuse_phrases
 from scfg.recording.recorder import AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
@@ -69,7 +70,7 @@ class SemanticGuidance(ClassifierFreeGuidance):
         token_weights: list | Tensor | None = None,
         callback: Callable[[Guided], object] | None = None,
     ):
-        check_scale(guidance_scale)
+        checks.guidance_scale(guidance_scale)
         refuse_phrases(token_weights)
         for name, share in (("start", start), ("stop", stop)):
             checks.real(share, name)

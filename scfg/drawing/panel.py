@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from scfg.drawing.generate import METHODS, Generated
 from scfg.drawing.picture import (
@@ -25,11 +25,15 @@ from scfg.drawing.picture import (
 GAP, MARGIN, SIDE = 20, 48, 96  # pixels: between cells, border, labels of rows
 BAR = 92  # the colour bar and its numbers
 FAINT = "#5d6672"
+ALIKE, AMPLIFIED = 0.05, 8  # mean difference below which it is shown, and how many times as strong
 NOBODY = "no word (START, END, padding), and small words"
 
 
 def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.Image:
     """Plain CFG and S-CFG from the same noise, token regions and rate: one row per image.
+
+    Where the two look alike, with a mean absolute difference below `ALIKE` of the range of a pixel,
+    their difference stands beside them, `AMPLIFIED` times as strong.
 
     Args:
         images: Per row, `Generated` of one image with its trace, by method; all of one prompt.
@@ -44,17 +48,23 @@ def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.
     labels = [result.trace[step].labels[0] for result in shown]
     rates = [result.trace[step].rate[0] for result in shown]
     colours, limits = phrase_colours(words), rate_range(rates)
-    cells = []
-    for row, result, label, rate in zip(images, shown, labels, rates, strict=True):
-        pictures = [enlarge(to_pillow(row[method].images[0])) for method in row]
-        regions = draw_regions(result.images[0], label, words, colours)
-        cells.append([*pictures, regions, draw_rate(rate, *limits)])
+    pictures = [[to_pillow(result.images[0]) for result in row.values()] for row in images]
+    gaps = [ImageChops.difference(*pair) for pair in pictures if len(pair) == 2]
+    gap = float(np.mean([np.asarray(one) for one in gaps])) / 255 if gaps else None
     titles = [METHODS[method] for method in images[0]]
+    if gap is not None and gap < ALIKE:
+        titles.append(f"Difference x {AMPLIFIED}")
+        for row, one in zip(pictures, gaps, strict=True):
+            row.append(one.point(lambda value: min(value * AMPLIFIED, 255)))
+    cells = []
+    for row, result, label, rate in zip(pictures, shown, labels, rates, strict=True):
+        regions = draw_regions(result.images[0], label, words, colours)
+        cells.append([*map(enlarge, row), regions, draw_rate(rate, *limits)])
     steps = len(shown[0].trace)
     source = f"regions and rate: step {step + 1} of {steps} of {METHODS[shown[0].method]}"
     return _compose(
         shown[0].prompts[0],
-        [f"{how} \u00b7 {source}", _reading(images)],
+        [f"{how} \u00b7 {source}", _reading(gap)],
         [*titles, "Regions of words", "Rate"],
         [f"seed {result.seeds[0]}" for result in shown],
         cells,
@@ -63,14 +73,14 @@ def panel(images: Sequence[dict[str, Generated]], step: int, how: str) -> Image.
     )
 
 
-def _reading(images: Sequence[dict[str, Generated]]) -> str:
+def _reading(gap: float | None) -> str:
     """How to read the panel, on a line."""
     text = "Rate multiplies the guidance scale: above 1 a region is guided more than by plain CFG."
-    if len(images[0]) < 2:
+    if gap is None:
         return text
-    gaps = [(row["scfg"].images - row["cfg"].images).abs().mean().item() / 2 for row in images]
-    share = f"{100 * sum(gaps) / len(gaps):.1f} % of the range of a pixel"
-    return f"{text} The pictures of CFG and S-CFG differ by {share} on average."
+    share = f"{100 * gap:.1f} % of the range of a pixel"
+    shown = f"; below {100 * ALIKE:g} % that is shown, {AMPLIFIED} times as strong"
+    return f"{text} CFG and S-CFG differ by {share} on average{shown if gap < ALIKE else ''}."
 
 
 def _legend(words, labels) -> list[tuple[str, str | None]]:

@@ -198,7 +198,9 @@ def region_rows(found: Found, plan: Plan, masks: dict[str, Tensor]) -> list[dict
     by_time: dict[int | str, Tensor] = {t: found[f"probe-{t}"]["overlap"] for t in plan.timesteps}
     by_time["all"] = torch.stack(list(by_time.values())).mean(dim=0)  # (n, variants, 6)
     rows = []
-    for (t, scores), (v, way) in itertools.product(by_time.items(), enumerate(variants())):
+    for (t, scores), (v, way) in itertools.product(
+        by_time.items(), enumerate(variants(plan.levels))
+    ):
         row = {"timestep": t, **dict(zip(("propagation", "powers", "level"), way, strict=True))}
         for name in ("objects", "small", "large"):
             row |= _cells(

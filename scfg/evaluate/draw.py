@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from scfg import reference
-from scfg.evaluate.regions import noised, true_regions
+from scfg.evaluate.regions import noised, recorder, true_regions
 from scfg.guidance import Guided, guide_regions
 from scfg.methods.samg import samg
 from scfg.models.embedded import EmbeddedModel
 from scfg.models.emoji import Scene, caption, render, sample_scenes
-from scfg.recording.wrapper import UNetWrapper
 from scfg.sampling import dpmpp_2m_rule, sample
 
 VARIANTS = {  # ways of S-CFG, and what each changes in the model's constants
@@ -117,16 +116,21 @@ def draw(
         x = noised(model, images, x, timesteps[0])
         truth = true_regions(model, captions, masks)
     config = replace(model.config, **VARIANTS.get(point.method, {}))
-    unet = model.unet if point.method in PLAIN else UNetWrapper(model.unet, config)
+    plain = point.method in PLAIN
+    recorded = None if plain else recorder(model, captions, config)
     means, strengths = [], []
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        both = unet(torch.cat([x, x]), torch.cat([t, t]), context)
-        eps_uncond, eps_text = both.chunk(2)
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+
+        def call() -> Tensor:
+            return model.unet(x, t, context)
+
+        eps_uncond, eps_text = (call() if plain else recorded.record(x, call)).chunk(2)
 
         def guide() -> Guided:
             if point.method != "oracle":
-                return unet.guide(eps_uncond, eps_text, point.guidance_scale)
+                return recorded.guide(eps_uncond, eps_text, point.guidance_scale)
             return guide_regions(eps_uncond, eps_text, truth, point.guidance_scale, config)
 
         norm = reference.guidance_norm(eps_uncond, eps_text)  # (b, h, w)
@@ -140,8 +144,8 @@ def draw(
     try:
         latents = sample(dpmpp_2m_rule(), predict, x, model.schedule, timesteps)
     finally:
-        if unet is not model.unet:
-            unet.remove()
+        if not plain:
+            recorded.remove()
     found = {"mean_scale": torch.stack(means).mean(0), "strength": torch.stack(strengths).mean(0)}
     return model.decode(latents), {name: value.cpu() for name, value in found.items()}
 

@@ -154,21 +154,24 @@ def regions(rows: Sequence[dict]) -> Figure:
     """Overlap with the true regions, by noise level, and by number of powers and resolution."""
     figure = Figure((11, 3.6), layout="constrained")
     *panels, powers = figure.subplots(1, 4, sharey=True)
+    levels = list(dict.fromkeys(r["level"] for r in rows))  # the last: all together
     ways = {"none": (0, "scfg_none"), "official": (2, "scfg_official"), "paper": (4, "scfg")}
     kinds = {"small": "small objects", "large": "large objects", "background": "background"}
     for axis, (kind, title) in zip(panels, kinds.items(), strict=True):
         for name, (count, style) in ways.items():
             line = [r for r in rows if (r["propagation"], r["powers"]) == (name, count)]
-            line = [r for r in line if r["level"] == "both" and r["timestep"] != "all"]
+            line = [r for r in line if r["level"] == levels[-1] and r["timestep"] != "all"]
             _line(axis, line, "timestep", kind, style, name)
         axis.set(xlabel="timestep (noise grows)", title=title)
     panels[0].set(ylabel="intersection over union", ylim=(0, 1))
     panels[0].legend(title="propagation")
-    for level, style in (("16 x 16", "--"), ("8 x 8", ":"), ("both", "-")):
+    for i, level in enumerate(levels):
         line = [r for r in rows if r["level"] == level and r["timestep"] == "all"]
         line = [r for r in line if r["propagation"] in ("none", "paper")]
         values = [[r[key] for r in line] for key in ("powers", "objects")]
-        powers.plot(*values, style, color=STYLES["scfg"][0], marker=".", label=level)
+        style = "-" if level == levels[-1] else ("--", ":")[i % 2]
+        marker = "." if len(line) > 1 else f"${i}$"
+        powers.plot(*values, style, color=STYLES["scfg"][0], marker=marker, label=level)
     powers.set(xlabel="powers of self-attention (0: none)", title="objects, all timesteps")
     powers.legend(title="maps")
     return figure

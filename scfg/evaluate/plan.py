@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from scfg.evaluate.draw import CONTROLS, METHODS, Point
+from scfg.evaluate.regions import levels_of
 from scfg.evaluate.work import Plan, sha256
+from scfg.models.embedded import load_model
 from scfg.models.judge import WEIGHTS as JUDGE_WEIGHTS
 
 HEADLINE = 4.0  # guidance scale at which methods are compared in sentences
@@ -52,7 +54,8 @@ def make_plan(
         gpu: Whether units are large, as a GPU likes them; results differ by rounding.
 
     Raises:
-        ValueError: samples is below 4.
+        ValueError: samples is below 4, or the weights are damaged.
+        FileNotFoundError: There are none.
     """
     if samples is None:
         samples = 96 if reduced else 10_000 if gpu else 768
@@ -65,4 +68,5 @@ def make_plan(
         reference=2048 if reduced else 4096,
         weights=(sha256(weights), sha256(judge)),
         chunk=500 if gpu else 32,
+        levels=levels_of(load_model(weights)),
     )

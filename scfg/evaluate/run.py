@@ -15,7 +15,6 @@ from scfg.evaluate.report import write_report
 from scfg.evaluate.work import Plan, compute, prepare, units, work
 from scfg.models.embedded import WEIGHTS, load_model
 from scfg.models.judge import load_judge
-from scfg.models.unet import UNet
 
 
 def run(options: argparse.Namespace) -> list[Path]:
@@ -47,7 +46,7 @@ def share(
     """Do this process's units of a plan, with a progress bar on the first, and wait for the rest.
 
     Raises:
-        ValueError: The folder holds the units of other weights, or these are no U-Net's.
+        ValueError: The folder holds the units of other weights.
     """
     from tqdm import tqdm
 
@@ -55,8 +54,6 @@ def share(
         prepare(plan, folder)
     _wait(device)
     model, judge = load_model(weights, device), load_judge(device=device)
-    if not isinstance(model.network, UNet):
-        raise ValueError(f"weights must be a U-Net's, got those of a transformer: {weights}")
     total = len(units(plan)[rank::world])
     with tqdm(total=total, unit="unit", disable=quiet or rank > 0, file=sys.stderr) as bar:
         work(plan, folder, lambda unit: compute(unit, plan, model, judge), rank, world, bar.update)

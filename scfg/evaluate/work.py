@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scfg.evaluate.draw import Point, check, draw, scene
-from scfg.evaluate.regions import probe, score
+from scfg.evaluate.regions import LEVELS, probe, score
 from scfg.models.embedded import EmbeddedModel
 from scfg.models.emoji import render
 from scfg.models.files import read_json, read_tensors, write_text, write_whole
@@ -43,6 +43,7 @@ class Plan:
         reference: Real scenes that pictures are compared with.
         weights: SHA-256 of the weights of the model and of the judge.
         chunk: Captions, or scenes, in a unit.
+        levels: What regions may be found from, see `scfg.evaluate.regions.levels_of`.
 
     Raises:
         ValueError: A point cannot be drawn.
@@ -54,6 +55,7 @@ class Plan:
     reference: int
     weights: tuple[str, str]
     chunk: int = 32
+    levels: tuple[str, ...] = tuple(LEVELS)
 
     def __post_init__(self) -> None:
         """Refuse points that cannot be drawn, before hours of those that can."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, guide_regions
 from scfg.patches import Patches, needs_uncond
-from scfg.recording.layouts import repack, unpack
+from scfg.recording.packing import repack, unpack
 from scfg.recording.wrapper import Recorder
 from scfg.regions import find_regions
 

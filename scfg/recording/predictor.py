@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.config import SCFGConfig
-from scfg.guidance import Guided, cfg, check_scale
+from scfg.guidance import Guided, cfg
 from scfg.recording.phrases import refuse_phrases
 from scfg.recording.run import Run
 from scfg.recording.wrapper import UNetWrapper
@@ -56,7 +57,7 @@ class Predictor:
     ):
         if levels is None and not run.always:
             raise ValueError("start, stop and every need the levels that the loop visits, got none")
-        check_scale(guidance_scale)
+        checks.guidance_scale(guidance_scale)
         refuse_phrases(token_weights)
         self.model, self.guidance_scale, self.run = model, guidance_scale, run
         self.token_weights, self.observe = token_weights, observe

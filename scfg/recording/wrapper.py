@@ -9,7 +9,8 @@ from scfg.backends import check_backend
 from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence
 from scfg.guidance import Guided, guide_evidence
-from scfg.recording.layouts import Grid, Layout, find_layout, repack, unpack
+from scfg.recording.layouts import Grid, Layout, find_layout
+from scfg.recording.packing import repack, unpack
 from scfg.recording.recorder import AttentionLayer, AttentionRecorder
 from scfg.recording.replayed import TransformerRecorder
 from scfg.regions import Regions, find_regions
