@@ -105,6 +105,19 @@ def test_joint_keys_share_one_softmax():
             assert layer.cross_map.shape[-1] == 7
 
 
+def test_masked_text_under_one_softmax_is_as_if_it_were_not_there():
+    net, (x, t, context), _ = build("deepfloyd")
+    mask = (torch.arange(7) < 5).expand(len(x), -1)
+    with scfg.UNetWrapper(net, ALL_LEVELS, keep_maps=True) as unet:
+        unet(x, t, context[:, :5])
+        short = unet.attention
+        unet(x, t, context, encoder_attention_mask=mask)
+        for layer, expected in zip(unet.attention, short, strict=True):
+            assert_close(actual=layer.self_map, expected=expected.self_map, share=1e-4)
+            assert_close(actual=layer.cross_map[..., :5], expected=expected.cross_map, share=1e-4)
+            assert not layer.cross_map[..., 5:].any()
+
+
 def test_two_calls_in_either_order_equal_one_batched_call():
     net, (x, t, context), _ = build("own")
     with scfg.UNetWrapper(net, ALL_LEVELS) as unet:
