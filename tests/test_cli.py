@@ -16,7 +16,6 @@ from scfg.__main__ import settings
 from scfg.drawing.generate import Request, draw
 from scfg.drawing.panel import GAP, MARGIN, SIDE
 from scfg.drawing.picture import CELL
-from scfg.models.embedded import WEIGHTS
 from scfg.options import build_parser
 
 PROMPT = "a striped red penguin on a green background"
@@ -71,8 +70,7 @@ def test_same_seed_same_bytes_and_another_seed_another_picture(run):
     for name, seed in (("one.png", "1"), ("again.png", "1"), ("two.png", "2")):
         assert run("--seed", seed, "--out", name) == 0
     one, again, two = (Path(f"{name}.png").read_bytes() for name in ("one", "again", "two"))
-    assert one == again
-    assert one != two
+    assert one == again != two
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler", "euler_ancestral"])
@@ -287,7 +285,6 @@ def module(monkeypatch, *arguments):
     return stopped.value.code
 
 
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not there")
 def test_the_module_runs_on_its_own_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     prompt = "a penguin and a guitar on a blue background"
