@@ -19,7 +19,7 @@ FLOORS = {
     "csrc_triton": 0,
     "scfg/config": 1, "scfg/names": 1, "scfg/reference": 1, "scfg/sampling": 1,
     "scfg/checks": 1.5,
-    "scfg/backends": 2, "scfg/models/files": 2, "scfg/models/unet": 2,
+    "scfg/backends": 2, "scfg/models/files": 2, "scfg/models/topology": 2, "scfg/models/unet": 2,
     "scfg/ops": 3,
     "scfg/patches": 3.5,
     "scfg/evidence": 4,
