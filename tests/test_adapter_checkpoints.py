@@ -2,6 +2,7 @@
 
 import re
 
+import diffusers
 import pytest
 import torch
 from adapter_hosts import NEGATIVE, PROMPT, latents, sd, sdxl, spy
@@ -121,6 +122,22 @@ def test_single_file_gives_the_same_with_a_folder_that_has_no_weights(saved, tmp
         assert loaded.vae.decode(x).sample.equal(pipe.vae.decode(x).sample)
     with pytest.raises(RuntimeError, match="give config"):
         load(file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded as a "):
+        load(file, config=config)
+
+
+def test_nothing_is_fetched_and_no_pickle_read(saved, monkeypatch):
+    given = {}
+
+    def from_pretrained(path, **options):
+        given.update(options)
+        return saved[0].unet
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="holds a UNet2DConditionModel, which has no U-Net"):
+        load(saved[1])
+    assert given["local_files_only"] is True and given["use_safetensors"] is True
 
 
 def test_pickles_are_refused_unless_asked_for(saved, tmp_path):

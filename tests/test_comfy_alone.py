@@ -12,7 +12,7 @@ from torch import nn
 
 import scfg
 from scfg.adapters.comfyui.layouts import kind_of
-from scfg.adapters.comfyui.phrases import read_prompt
+from scfg.adapters.comfyui.phrases import parse_phrases, read_prompt
 from scfg.adapters.comfyui.run import ComfyRun
 from scfg.recording.layouts import Words
 
@@ -132,3 +132,10 @@ def test_prompts_are_read_through_chunks_templates_and_emphasis():
 def test_what_is_neither_a_unet_nor_known_is_refused():
     with pytest.raises(ValueError, match="Linear is neither a U-Net nor a transformer"):
         kind_of(nn.Linear(1, 1))
+
+
+def test_lines_of_phrases_are_phrases_with_factors():
+    assert parse_phrases("blue square: 1.5\n\n a: b : 2 \n") == {"blue square": 1.5, "a: b": 2.0}
+    for line in ("blue square", "square: x", ": 2", "square: 0", "square: nan", "square: inf"):
+        with pytest.raises(ValueError, match=f"must be 'phrase: factor.*, got '{line}'"):
+            parse_phrases(line)

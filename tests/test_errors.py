@@ -119,6 +119,9 @@ def test_constants_and_backend_are_looked_at_when_a_thing_is_made(name):
     make = CONSTRUCTORS[name]
     with pytest.raises(ValueError, match="backend must be one of .* got 'cuda'"):
         make(NET, backend="cuda")
+    if name in ("guided", "denoiser"):
+        with make(NET, backend="torch") as made:
+            assert made.unet.backend == "torch"
     if name != "guider":  # takes a dict, as JSON has it
         for wrong in ({"rate_max": 2.0}, 7.5):
             with pytest.raises(TypeError, match="config must be a scfg.SCFGConfig, got"):
@@ -209,6 +212,12 @@ def test_a_size_at_which_levels_collide_does_not_meet_the_next():
             labels, levels = call(unet, (16, 16))
             assert torch.equal(labels, expected)
             assert levels == {1, 2, 4}
+    coarse = scfg.SCFGConfig(map_reduction=4, coarsest_reduction=4)
+    with scfg.UNetWrapper(net, coarse) as fresh:
+        expected, _ = call(fresh, (2, 2))
+    with scfg.UNetWrapper(net, coarse) as unet:  # finer blocks now have the pixels of level 4
+        call(unet, (16, 16))
+        assert torch.equal(call(unet, (2, 2))[0], expected)
 
 
 def test_a_run_of_another_picture_from_a_later_step_finds_its_own_regions():

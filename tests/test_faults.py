@@ -1,7 +1,5 @@
 """Whatever is raised wherever: the next call is what it was, and nothing stays behind."""
 
-import gc
-
 import pytest
 import torch
 from conftest import assert_close
@@ -9,6 +7,7 @@ from test_hosts import Host, untouched
 from test_recording import ALL_LEVELS, NETS, build, hooks, tensor
 
 import scfg
+from benchmarks import soak
 from scfg.adapters.diffusers import attach
 from scfg.adapters.k_diffusion import denoiser
 
@@ -124,27 +123,7 @@ def test_modes_and_changes_of_weights_while_recording():
     assert hooks(net) == 0
 
 
-def counted():
-    """Tensors that Python can reach."""
-    gc.collect()
-    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
-
-
-def test_nothing_grows_from_call_to_call():
-    net, _, _ = build("own", size=(8, 12))
-    host, sizes = Host(), [(8, 12), (9, 7), (16, 8)]
-
-    def use(rounds):
-        for i in range(rounds):
-            size = sizes[i % 3]
-            x, context = torch.randn(2, 4, *size), torch.randn(2, 5 + i % 2, 24)
-            unet.guide(*unet(x, torch.tensor(3), context).chunk(2), 6.0)
-        with attach(host, every=2):
-            host(), host(seed=1)
-
-    with scfg.UNetWrapper(net, ALL_LEVELS) as unet:
-        use(6)
-        before = counted(), hooks(net)
-        use(24)
-        assert (counted(), hooks(net)) == before
-    untouched(host)
+@pytest.mark.parametrize("work", [soak.recorded_calls, soak.pipeline_runs])
+def test_nothing_grows_from_call_to_call(work):
+    first, *later = [(seen["hooks"], seen["tensors"]) for seen in work(count=36, every=12)]
+    assert all(seen <= first for seen in later), (first, later)

@@ -11,6 +11,7 @@ from test_recording import ALL_LEVELS, build, hooks
 from torch import nn
 
 import scfg
+from scfg import evidence
 from scfg.recording.blocks import find_blocks
 
 WIDTH, HEADS, TOKENS = 16, 2, 7
@@ -41,6 +42,19 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, mask=None):
         return self.attend(x, x if context is None else context, mask)
+
+
+class MaskedPixels(nn.Module):
+    """The image is padded: its last pixels are hidden from the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn1, self.attn2 = Attention(), Attention(24)
+
+    def forward(self, x, context):
+        mask = (torch.arange(x.shape[1]) < x.shape[1] - 7).expand(len(x), -1)
+        x = x + self.attn1(x, None, mask)
+        return x + self.attn2(x, context)
 
 
 class OtherKeyword(Attention):
@@ -156,6 +170,7 @@ MASK = torch.arange(TOKENS)[None] < torch.tensor([[7], [7], [4], [5]])
 TRAITS = {
     "plain": (Block, ()),
     "mask by position": (Block, (MASK,)),
+    "mask of its own pixels": (MaskedPixels, ()),
     "own scale": (lambda: Block(Attention(24, scale=2.0)), ()),
     "text under another keyword": (lambda: KeywordBlock(OtherKeyword(24)), ()),
     "text and image tokens in one tensor": (lambda: Block(TextAndImage(24)), ()),
@@ -197,6 +212,14 @@ def test_what_cannot_be_read_is_refused_in_the_call_and_leaves_nothing(message):
     with scfg.UNetWrapper(net, CONFIG) as unet, pytest.raises(RuntimeError, match=message):
         unet(*args)
     assert torch.equal(net(*args), plain) and hooks(net) == 0
+
+
+def test_a_mask_of_pixels_that_cannot_be_kept_to_is_refused(monkeypatch):
+    net, args = make(MaskedPixels)
+    monkeypatch.setattr(evidence, "MAP_BUDGET", 1)
+    with scfg.UNetWrapper(net, CONFIG) as unet:
+        with pytest.raises(RuntimeError, match="'block' masks pixels of the image, .* 24 pixels"):
+            unet(*args)
 
 
 def test_what_is_no_network_for_it_is_refused_at_once():

@@ -23,16 +23,14 @@ WIDTH, TOKENS = 160, 77  # of a head; as many launches for any number of heads
 
 
 @contextlib.contextmanager
-def counting_launches(only=False):
-    """The names of all kernels launched inside; or only counted, for tensors that hold nothing."""
+def counting_launches():
+    """The names of all kernels launched inside, where none of them runs."""
     names = []
     with pytest.MonkeyPatch.context() as patch:
         for kind, method in ((GridExecutor, "__call__"), (JITFunction, "run")):
-            launch = getattr(kind, method)
 
-            def run(kernel, *args, launch=launch, **kwargs):
+            def run(kernel, *args, **kwargs):
                 names.append(kernel.fn.__name__)
-                return None if only else launch(kernel, *args, **kwargs)
 
             patch.setattr(kind, method, run)
         yield names
@@ -116,7 +114,7 @@ def test_a_step_of_the_published_models_at_512_and_1024(model, most, own, monkey
         eps = net.sample.chunk(2)
         recorder = AttentionRecorder(net, config, "triton")
         for _ in range(2):  # a step like any other: what is found out once is known
-            with counting_launches(only=True) as launched, Computed() as computed:
+            with counting_launches() as launched, Computed() as computed:
                 recorder.start(net.sample)
                 net()
                 both = recorder.finish()

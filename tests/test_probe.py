@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from conftest import assert_close
@@ -9,6 +10,7 @@ from transformer_hosts import build, output
 from transformer_pipes import G, draw, given, pipeline
 
 import scfg
+from scfg.adapters import layers
 from scfg.adapters.layers import main, rank_pipeline
 from scfg.evidence import Evidence
 from scfg.patches import Patches
@@ -69,3 +71,26 @@ def test_the_command_says_what_it_takes(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "true_cfg_scale" in capsys.readouterr().out
+
+
+def test_the_command_loads_and_draws_as_it_is_told(monkeypatch):
+    seen = {}
+
+    def load(folder, **options):
+        seen["load"] = (folder, options)
+        return SimpleNamespace(to=lambda device: device)
+
+    def rank(*given, **call):
+        seen["rank"] = (given, call)
+        return []
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
+    monkeypatch.setattr(layers, "rank_pipeline", rank)
+    monkeypatch.setattr(layers, "table", str)
+    line = "folder dog --steps 4 --at 0.25 --scale 3 --size 64 96 --dtype bfloat16"
+    main(line.split())
+    safe = dict(torch_dtype=torch.bfloat16, local_files_only=True, use_safetensors=True)
+    assert seen["load"] == ("folder", safe)
+    call = dict(prompt="dog", negative_prompt=" ", num_inference_steps=4, height=64, width=96)
+    call |= dict(output_type="latent", true_cfg_scale=3.0)
+    assert seen["rank"] == (("cpu", 0.25, 3.0), call)

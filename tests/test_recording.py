@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import assert_close
+from tiny import tiny_unet
 from unet_hosts import ALL_LEVELS, NETS, build, hooks, tensor
 
 import scfg
 from scfg import backends
+from scfg.models.unet import UNetConfig
 from scfg.recording import folding
 
 
@@ -101,6 +103,19 @@ def test_joint_keys_share_one_softmax():
             rows = layer.self_map.sum(-1) + layer.cross_map.sum(-1)
             assert_close(actual=rows, expected=torch.ones_like(rows), share=1e-5)
             assert layer.cross_map.shape[-1] == 7
+
+
+def test_masked_text_under_one_softmax_is_as_if_it_were_not_there():
+    net, (x, t, context), _ = build("deepfloyd")
+    mask = (torch.arange(7) < 5).expand(len(x), -1)
+    with scfg.UNetWrapper(net, ALL_LEVELS, keep_maps=True) as unet:
+        unet(x, t, context[:, :5])
+        short = unet.attention
+        unet(x, t, context, encoder_attention_mask=mask)
+        for layer, expected in zip(unet.attention, short, strict=True):
+            assert_close(actual=layer.self_map, expected=expected.self_map, share=1e-4)
+            assert_close(actual=layer.cross_map[..., :5], expected=expected.cross_map, share=1e-4)
+            assert not layer.cross_map[..., 5:].any()
 
 
 def test_two_calls_in_either_order_equal_one_batched_call():
@@ -208,14 +223,13 @@ def test_layers_per_level_uses_the_last_layers_in_forward_order():
 
 
 def test_compiled_unet_records_the_same():
-    net, args, _ = build("own")
-    with scfg.UNetWrapper(net, ALL_LEVELS) as unet:
+    net = tiny_unet(config=UNetConfig(4, 4, (8, 16), (1, 1), 1, (1, 2), 1, 24, norm_groups=4))
+    args, config = build("own")[1], scfg.SCFGConfig(map_reduction=1, coarsest_reduction=2)
+    with scfg.UNetWrapper(net, config) as unet:
         eps = unet(*args).chunk(2)
         expected = unet.guide(*eps, 6.0)
     torch._dynamo.reset()
-    with scfg.UNetWrapper(
-        torch.compile(net, fullgraph=True, backend="aot_eager"), ALL_LEVELS
-    ) as unet:
+    with scfg.UNetWrapper(torch.compile(net, fullgraph=True, backend="aot_eager"), config) as unet:
         for scale in (6.0, 3.0):
             out = unet.guide(*unet(*args).chunk(2), scale)
         assert torch.equal(out.labels, expected.labels)

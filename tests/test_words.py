@@ -1,5 +1,8 @@
 """What is made of words: columns of one word are a group, and groups own patches."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import assert_close
@@ -77,3 +80,24 @@ def test_words_of_tokens():
     prompt = read_prompt(["ab cde f", "ab cde f"], places, [Fast(), Fast()])
     table = words_table([prompt], 12, [10])
     assert table.tolist() == [[-1, 0, 1, 1, -1, -1, 0, 1, 1, 2, -1, -1]]
+
+
+def pieces(text):
+    """Where three letters at most of a word begin and end."""
+    words = re.finditer(r"\S+", text)
+    return [(i, min(i + 3, w.end())) for w in words for i in range(w.start(), w.end(), 3)]
+
+
+class Slow:
+    merged = 0
+
+    def __call__(self, text, add_special_tokens):
+        count = len(pieces(text)) - (self.merged if " " in text else 0)
+        return SimpleNamespace(input_ids=[0] * count)
+
+
+def test_pieces_of_words_are_counted_where_no_token_is_of_two_words():
+    slow = Slow()
+    assert word_numbers(slow, "a spotted dog") == [0, 1, 1, 1, 2]
+    slow.merged = 1  # one token is of two words
+    assert word_numbers(slow, "a spotted dog") == [0, 1, 2, 3]

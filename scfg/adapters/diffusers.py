@@ -111,7 +111,7 @@ def _attached(pipe, guidance_scale, run: Run, token_weights, observe: bool) -> I
         need = "be None, for it is read from the pipeline" if tells else "be given as in the call"
         raise ValueError(f"guidance_scale must {need} ({type(pipe).__name__})")
     if guidance_scale is not None:
-        checks.guidance_scale(guidance_scale)
+        checks.positive(guidance_scale, "guidance_scale")
     attached = AttachedUNet(pipe, guidance_scale, run, token_weights, observe)
     try:
         attached.add(unet)

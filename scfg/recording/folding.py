@@ -170,6 +170,11 @@ class Folding:
                 self_map = self._map(layer.q_self, layer.k_self, layer, "self")
         columns = self._owned(cross_map)
         if self_map is None and self.config.propagation != "none":
+            if layer.self_bias is not None:
+                raise RuntimeError(
+                    f"{name!r} masks pixels of the image, which is supported only where its map "
+                    f"of {layer.q_self.shape[1]} pixels fits in memory"
+                )
             apply = partial(self._run, "attention_apply")
             qk = layer.q_self, layer.k_self
             columns = propagate_unformed(*qk, columns, layer.self_heads, self.config, apply)
