@@ -89,10 +89,10 @@ def pipeline_runs(count, every):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=records.RESULTS / "soak.json")
-    out, rows = parser.parse_args().out, []
+    out, rows, about = parser.parse_args().out, [], machine()
     for work, count in ((recorded_calls, CALLS), (pipeline_runs, RUNS)):
         for tenth, seen in enumerate(work(count, count // 10), 1):
-            rows.append({"kind": work.__name__, "after": tenth * count // 10} | seen | machine())
+            rows.append({"kind": work.__name__, "after": tenth * count // 10} | seen | about)
             print(rows[-1])
     records.write(out, rows)
 

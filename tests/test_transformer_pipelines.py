@@ -289,3 +289,12 @@ def test_in_bfloat16_rate_one_is_the_host_as_far_as_its_own_rounding(name):
     with attach(pipe, given(key, name), REAL, callback=seen.append):
         draw(name, pipe, low, key)
     assert all(torch.isfinite(out.rate).all() and out.rate.std() > 0 for out in seen)
+
+
+def test_latents_that_differ_are_not_taken_for_two_branches(monkeypatch):
+    pipe, call, key = pipeline("pixart")
+    rows = torch.arange(2.0).view(2, 1, 1, 1)
+    monkeypatch.setattr(pipe.scheduler, "scale_model_input", lambda x, t: x + rows)
+    with pytest.raises(RuntimeError, match="same latents for two branches, got .* of 2 rows"):
+        with attach(pipe, given(key, "pixart")):
+            draw("pixart", pipe, call, key)

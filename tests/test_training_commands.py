@@ -1,0 +1,52 @@
+"""The commands that train what ships: a step of each, what they write, and what reads it."""
+
+import json
+import sys
+
+import pytest
+from tiny import MODEL
+
+from scfg.models import judge_training, train
+from scfg.models.embedded import load_model
+from scfg.models.files import read_tensors
+from scfg.models.judge import load_judge
+
+
+def call(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+    main()
+
+
+def test_a_judge_is_trained_measured_and_written_with_what_was_measured(
+    monkeypatch, tmp_path, capsys
+):
+    file, counts = tmp_path / "judge.safetensors", []
+    whole = judge_training.measure
+
+    def measure(judge):
+        counts.append(whole(judge, 8))
+        return counts[-1]
+
+    monkeypatch.setattr(judge_training, "measure", measure)
+    monkeypatch.setattr(judge_training, "BATCH", 8)
+    call(monkeypatch, judge_training.main, "--train", "--minutes", 1e-4, "--weights", file)
+    call(monkeypatch, judge_training.main, "--weights", file)
+    said = json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(["{", ""]))
+    assert said["measured"] == said["stored"] == counts[0] == counts[1]
+    assert load_judge(file).feature_std.max() > 0
+
+
+def test_a_network_is_trained_carried_on_and_exported(monkeypatch, tmp_path, capsys):
+    out, file = tmp_path / "run", tmp_path / "weights.safetensors"
+    monkeypatch.setattr(train, "ModelConfig", lambda: MODEL)
+    monkeypatch.setattr(train, "preview", lambda trainer, path: path.write_bytes(b"seen"))
+    options = "--batch", 2, "--threads", 1, "--out", out
+    call(monkeypatch, train.main, *options, "--samples", 4)
+    assert (out / "preview-4.png").read_bytes() == b"seen"
+    with pytest.raises(SystemExit):
+        call(monkeypatch, train.main, *options)
+    assert "holds a run already" in capsys.readouterr().err
+    call(monkeypatch, train.main, *options, "--resume")
+    call(monkeypatch, train.main, "--out", out, "--export", file)
+    assert "4 samples" in capsys.readouterr().out
+    assert read_tensors(file) and load_model(file, "cpu").config
