@@ -52,6 +52,7 @@ OPS = (
     "attention_map",
     "attention_maps",
     "attention_apply",
+    "joint_maps",
     "propagate",
     "complete",
     "segment",
@@ -80,11 +81,13 @@ def arguments(op, size, b, dtype=torch.float32, device="cpu", seed=0):
     _, _, heads, width = size.levels[0]
     h, w = size.grid(factor)
     n = h * w
-    if op.startswith("attention"):
+    if op.startswith("attention") or op == "joint_maps":
         q, k, q_cross = (normal(2 * b, n, heads * width) for _ in range(3))
         k_cross = normal(2 * b, t, heads * width)
         if op == "attention_map":
             return q_cross, k_cross, heads
+        if op == "joint_maps":
+            return q, torch.cat([k_cross, k], dim=1), t, heads
         if op == "attention_maps":
             return q, k, q_cross, k_cross, heads
         return q, k, maps(n, t), heads

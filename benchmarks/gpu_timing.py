@@ -1,11 +1,12 @@
 """Time of every operation on a GPU, beside the least it could take.
 
 One replay of a CUDA graph runs an operation on many copies of its inputs, which together exceed the
-L2 cache, each writing a result of its own; its time over their number is one sample. Beside it
-stand two floors: bytes that must move over the bandwidth of a large copy, and operations that must
-be done over the rate of a large matrix product, or of exponentials, whichever is longer. All three
-ceilings are measured here. A product of float32 inputs is counted as three tf32 products, the
-cheapest way to keep float32 accuracy on tensor cores. The command is `benchmarks.gpu_check`.
+L2 cache, each writing a result of its own; its time over their number is one sample. The same on
+one set of inputs, which then come from the cache, is its warm time. Beside it stand two floors:
+bytes that must move over the bandwidth of a large copy, and operations that must be done over the
+rate of a large matrix product, or of exponentials, whichever is longer. All three ceilings are
+measured here. A product of float32 inputs is counted as three tf32 products, the cheapest way to
+keep float32 accuracy on tensor cores. The command is `benchmarks.gpu_check`.
 """
 
 import itertools
@@ -68,6 +69,22 @@ def floors(op, args, result, limits):
     return cases.least_bytes(op, args, result) / limits["copy"], work
 
 
+def timed(run, sets, device):
+    """Percentiles of the seconds of one run, all sets of arguments being one sample."""
+    same = all(one is sets[0] for one in sets)
+
+    def run_all():
+        results = [run(*one) for one in sets[:1]]
+        for one in sets[1:]:
+            results = [run(*one)] if same else [*results, run(*one)]
+        return results  # of different inputs kept apart; of the same in one place
+
+    replay, kept = capture(run_all) if device == "cuda" else (run_all, None)
+    taken = [x / len(sets) for x in seconds(replay, device, REPLAYS if device == "cuda" else 1)]
+    del kept
+    return percentiles(taken)
+
+
 @torch.no_grad()
 def measure(op, name, b, backend, dtype, limits, device="cuda", size=None):
     """One row: correct first, then timed."""
@@ -88,20 +105,13 @@ def measure(op, name, b, backend, dtype, limits, device="cuda", size=None):
         properties = torch.cuda.get_device_properties(0)
         cache = getattr(properties, "L2_cache_size", 50 * 2**20)
     sets, total = copies(args, device, 2 * cache)
-
-    def run_all():
-        return [run(*one) for one in sets]  # results kept apart
-
-    if device == "cuda":
-        replay, kept = capture(run_all)
-    else:
-        replay, kept = run_all, None
-    taken = [x / len(sets) for x in seconds(replay, device, REPLAYS)]
-    del kept
-    times = percentiles(taken)
+    times = timed(run, sets, device)
     for key, value in zip(("p20_us", "p50_us", "p80_us"), times, strict=True):
         row[key] = round(value * 1e6, 2)
+    row["warm_us"] = round(timed(run, [args] * min(8, len(sets)), device)[1] * 1e6, 2)
     row |= {"sets": len(sets), "inputs_mib": round(total / 2**20, 1)}
+    if limits is None:
+        return row
     if op in cases.OPS:
         moved = cases.least_bytes(op, args, result)
         bytes_floor, work_floor = floors(op, args, result, limits)
@@ -112,20 +122,19 @@ def measure(op, name, b, backend, dtype, limits, device="cuda", size=None):
     return row
 
 
-def survey(name, b, *, dtypes, compiled, limits, device="cuda", ops=None):
+def survey(name, b, *, dtypes, compiled, limits, device="cuda", ops=None, sizes=cases.SIZES):
     """A row for every op, type and backend of a size and batch; what fails says why."""
-    rows = []
+    size = sizes[name]
     for dtype, op in itertools.product(dtypes, ops or (*cases.OPS, *cases.STAGES)):
-        for backend in cases.backends(op, device, compiled):
+        for backend in dict.fromkeys((*cases.backends(op, device, compiled), "triton")):
             try:
-                row = measure(op, name, b, backend, DTYPES[dtype], limits, device)
+                row = measure(op, name, b, backend, DTYPES[dtype], limits, device, size)
             except Exception as error:  # a point that fails must not cost the others
                 row = {"kind": "kernel", "op": op, "size": name, "batch": b, "backend": backend}
                 row |= {"dtype": dtype, "failed": first_line(error)}
-            rows.append(row)
             print(line(row), flush=True)
+            yield row
             torch.cuda.empty_cache()
-    return rows
 
 
 def line(row):

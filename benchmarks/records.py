@@ -15,9 +15,14 @@ def append(path, rows, about):
 
 
 def write(path, rows):
-    """Write a JSON list, an entry a line, so that a new one is one line of a diff."""
+    """Write a JSON list, an entry a line, so that a new one is one line of a diff.
+
+    In one piece: whoever is cut off while writing leaves what was there.
+    """
     lines = ",\n".join(json.dumps(row) for row in rows)
-    Path(path).write_text(f"[\n{lines}\n]\n" if rows else "[]\n")
+    unfinished = Path(f"{path}.new")
+    unfinished.write_text(f"[\n{lines}\n]\n" if rows else "[]\n")
+    unfinished.replace(path)
 
 
 def load(folder=RESULTS):

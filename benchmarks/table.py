@@ -178,7 +178,30 @@ def _kernels(rows):
     return f"{text}\nMeasured on {_where(rows)}.\n\n{_grid(head, lines)}"
 
 
-TABLES = {"performance": ("docs/cost.md", performance), "objects": ("docs/evidence.md", objects)}
+def floors():
+    """The least that operations could take on paper, in Markdown."""
+    rows = [row for row in records.load() if row["kind"] == "floor"]
+    gpus = list(rows[0]["us"])
+    head = ["op", "model", "least MiB", "asked MiB", *gpus]
+    lines = []
+    for row in rows:
+        start = [row["op"], row["size"], *(f"{row[key] / 2**20:.3g}" for key in ("least", "asked"))]
+        for gpu in gpus:
+            numbers = ("?" if x is None else f"{float(f'{x:.2g}'):g}" for x in row["us"][gpu])
+            start.append(" / ".join(numbers))
+        lines.append(start)
+    text = (
+        "Microseconds for one image in float16, at least: memory / L2 / arithmetic. A question mark"
+        "\nwhere the vendor gives no rate."
+    )
+    return f"{text}\n\n{_grid(head, lines)}"
+
+
+TABLES = {
+    "performance": ("docs/cost.md", performance),
+    "objects": ("docs/evidence.md", objects),
+    "floors": ("docs/operations.md", floors),
+}
 
 
 def main():

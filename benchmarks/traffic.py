@@ -80,9 +80,6 @@ for _bounds in BOUNDS.values():
 
 def arguments(op: str, size: cases.ModelSize, powers: int = 4) -> list:
     """Of one row of a U-Net call or, after the last layer, of one image."""
-    if op == "joint_maps":
-        q, k, _, k_cross, heads = cases.arguments("attention_maps", size, 1, torch.float16)
-        return [q[:1], torch.cat([k_cross, k], dim=1)[:1], size.tokens, heads]
     if op == "guide_evidence":
         eps = cases.arguments("region_sums", size, 1, torch.float16)[:2]
         text, front, h, w, factors = cases.arguments("segment", size, 1, torch.float16)

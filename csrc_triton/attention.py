@@ -251,10 +251,10 @@ def attention_apply(q: Tensor, k: Tensor, columns: Tensor, heads: int) -> Tensor
     (b, n, width), (_, m, t) = q.shape, columns.shape
     out = q.new_empty((b, n, t), dtype=torch.float32)
     block_t = min(128, max(16, triton.next_power_of_2(t)))
-    line = 128 // q.element_size()  # keys, and widths of a head, that fit beside both accumulators
+    line = 128 // q.element_size()  # of the width of a head; as many keys spill on sm_80 in float16
     with on_device_of(q):
         _attention_apply_kernel[(triton.cdiv(n, 64), triton.cdiv(t, block_t), b)](
-            q, k, columns, out, n, m, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=line,
+            q, k, columns, out, n, m, t, HEADS=heads, D=width // heads, BLOCK_M=64, BLOCK_N=32,
             BLOCK_T=block_t, BLOCK_D=min(line, max(16, triton.next_power_of_2(width // heads))),
             **OPTIONS, num_stages=2)  # fmt: skip
     return out

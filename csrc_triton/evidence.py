@@ -124,7 +124,7 @@ def _complete_kernel(self_ptr, cross_ptr, weights_ptr, total_ptr, scratch_ptr, o
             if layer > 0:
                 y += tl.load(out_ptr + at, mask=ok, other=0.0)
             else:
-                y += tl.load(total_ptr + at, mask=ok & (more > 0), other=0.0)
+                y += tl.load(total_ptr + at, mask=ok & (rows < n * more)[:, None], other=0.0)
             tl.store(out_ptr + at, y, mask=ok)
         tl.debug_barrier()  # scratch is free, and the sum so far complete
 
@@ -151,7 +151,7 @@ def _propagate_kernel(self_ptr, columns_ptr, source_ptr, weights_ptr, out_ptr, p
     y = _add_product(y, self_ptr, source_ptr, rows, cols, 0, n, t_in, BLOCK_K) * factor
     row_at = (image * n + rows)[:, None]
     rows_ok = (rows < n)[:, None]
-    c_ok = rows_ok & (cols < t)[None, :] & (last == 0)
+    c_ok = (rows < n * (1 - last))[:, None] & (cols < t)[None, :]
     y += tl.load(columns_ptr + row_at * t + cols[None, :], mask=c_ok, other=0.0).to(tl.float32)
     tl.store(out_ptr + row_at * t_out + cols[None, :], y, mask=rows_ok & (cols < t_out)[None, :])
     if weights_ptr is not None:
@@ -178,8 +178,8 @@ def _renormalise_kernel(columns_ptr, partial_ptr, total_ptr, out_ptr, layers, mo
     ok = (rows < n)[:, None] & (cols < t)[None, :]
     row_at = (image * n + rows) * (t + 1)
     at = row_at[:, None] + cols[None, :]
-    total = tl.load(total_ptr + at, mask=ok & (more > 0), other=0.0)
-    total_rest = tl.load(total_ptr + row_at + t, mask=(rows < n) & (more > 0), other=0.0)
+    total = tl.load(total_ptr + at, mask=ok & (rows < n * more)[:, None], other=0.0)
+    total_rest = tl.load(total_ptr + row_at + t, mask=rows < n * more, other=0.0)
     for layer in range(layers):
         stacked = (layer * b + tl.program_id(1)).to(tl.int64)
         mean = tl.zeros((BLOCK_T,), tl.float32)

@@ -24,7 +24,7 @@ def _store(self_ptr, cross_ptr, image, rows, keys, total, own, n, m, t,
     tl.store(self_ptr + image * n * (m - t) + at, total, mask=patches)
 
 
-@triton.jit(do_not_specialize=["n", "m", "t"])
+@triton.jit
 def _joint_maps_kernel(q_ptr, k_ptr, bias_ptr, self_ptr, cross_ptr, n, m, t,
                        HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ONE_PASS: tl.constexpr,

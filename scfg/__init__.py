@@ -7,13 +7,14 @@ One convention: ``eps_uncond + guidance_scale * rate * (eps_text - eps_uncond)``
 order (uncond, text); guidance_scale 1 is the text prediction, rate 1 everywhere is plain CFG.
 """
 
-import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from scfg import sampling
-from scfg.config import SCFGConfig
-from scfg.guidance import Guided, cfg, semantic_cfg
-from scfg.models import unet
-from scfg.recording import Recorder, UNetWrapper, guided
+if TYPE_CHECKING:
+    from scfg import sampling
+    from scfg.config import SCFGConfig
+    from scfg.guidance import Guided, cfg, semantic_cfg
+    from scfg.recording import Recorder, UNetWrapper, guided
 
 __version__ = "0.2.0"
 __all__ = [
@@ -26,4 +27,29 @@ __all__ = [
     "sampling",
     "semantic_cfg",
 ]
-sys.modules["scfg.unet"] = unet  # as os.path is: `from scfg.unet import UNet` works
+
+_HOMES = {
+    "Guided": "guidance",
+    "Recorder": "recording",
+    "SCFGConfig": "config",
+    "UNetWrapper": "recording",
+    "cfg": "guidance",
+    "guided": "recording",
+    "semantic_cfg": "guidance",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name, or a module, when it is first asked for: `scfg --help` needs no torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"scfg.{_HOMES[name]}"), name)
+    try:
+        return import_module(f"scfg.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"scfg.{name}":
+            raise
+        raise AttributeError(f"module 'scfg' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from scfg import reference
-
-BACKENDS = ("auto", "torch", "triton")
+from scfg.names import BACKENDS
 
 
 def check_backend(backend: str) -> None:

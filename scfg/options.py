@@ -4,10 +4,9 @@ import argparse
 import importlib.metadata
 from pathlib import Path
 
-from scfg.backends import BACKENDS
 from scfg.config import PROPAGATIONS
-from scfg.drawing.generate import METHODS, SAMPLERS
-from scfg.models.emoji import WORDS
+from scfg.models.emoji_words import WORDS
+from scfg.names import BACKENDS, METHODS, SAMPLERS
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,5 +1,6 @@
 """One of two processes: records its branch of a tiny network and guides with the other's."""
 
+import datetime
 import sys
 from pathlib import Path
 
@@ -40,7 +41,13 @@ def main(rank, store, out):
     import scfg
     from scfg.recording.parallel import guide_across
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(minutes=3),
+    )
     found = {}
     for name, model, config, *calls in networks():
         args, kwargs = calls[rank]

@@ -26,7 +26,7 @@ def test_every_op_is_measured_and_right(op):
         for backend in cases.backends(op, "cpu", compiled=False):
             row = gpu_timing.measure(op, "tiny", 2, backend, dtype, CEILINGS, "cpu", shape)
             assert "failed" not in row and row["error"] <= row["bound"], row
-            assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+            assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] and row["warm_us"] > 0
 
 
 @pytest.mark.parametrize("shape", cases.SIZES.values(), ids=cases.SIZES)
@@ -44,6 +44,8 @@ def test_bytes_and_operations_are_counted():
     assert cases.least_bytes("attention_maps", args, result) == 4 * (inputs + outputs)
     products, own, exponentials = cases.operations("attention_maps", args)
     assert (products, own, exponentials) == (2 * 4 * 35 * 40 * 16, 0, 4 * 35 * 40 * 2)
+    args = cases.arguments("region_sums", SIZE, 2)  # 18 x 26 pixels, 4 channels
+    assert cases.elementwise("region_sums", args) == 2 * 18 * 26 * 4 * 3
     args = cases.arguments("propagate", SIZE, 2)
     result = cases.call("propagate", "torch")(*args)
     assert cases.least_bytes("propagate", args, result) == 4 * 4 * (4 * 35 * 35 + 2 * 35 * 5)

@@ -10,11 +10,12 @@ from conftest import assert_close
 from safetensors.torch import load_file
 
 from scfg.models import emoji, judge
+from scfg.models.emoji_words import WORDS
 from scfg.models.files import read_tensors
 from scfg.models.judge_training import measure, patch_classes, spoil
 from scfg.models.text import END, START, Tokenizer
 
-TOKENIZER = Tokenizer(emoji.WORDS, emoji.LENGTH)
+TOKENIZER = Tokenizer(WORDS, emoji.LENGTH)
 SCENES = emoji.sample_scenes(300, np.random.default_rng(3))
 OWL = emoji.Region("owl", colour="blue", x=20.0, y=24.0, size=30.0)
 CAR = emoji.Region("car", size_word="small", x=48.0, y=50.0, size=16.0)
@@ -50,7 +51,7 @@ def test_tokens_round_trip_and_are_padded_with_end():
 def test_unknown_and_surplus_words_are_refused_by_name():
     with pytest.raises(ValueError, match="'circle'") as error:
         TOKENIZER(["a red owl", "a pink circle"])
-    for word in emoji.WORDS:
+    for word in WORDS:
         assert word in str(error.value)
     with pytest.raises(ValueError, match="'<start>'"):
         TOKENIZER("<start>")

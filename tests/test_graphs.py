@@ -8,8 +8,8 @@ from tiny import tiny_unet
 import scfg
 from scfg.models.unet import UNetConfig
 
-CONFIG = scfg.SCFGConfig(map_reduction=1, coarsest_reduction=2)
-UNET = UNetConfig(4, 4, (8, 16), (1, 0), 1, (2, 2), 1, 24, norm_groups=4)
+TWO_LEVELS = UNetConfig(4, 4, (8, 16), (1, 0), 1, (2, 2), 1, 24, norm_groups=4)
+ONE_LEVEL = UNetConfig(4, 4, (8,), (1,), 1, (2,), 1, 24, norm_groups=4)
 SIZES = [(8, 12), (12, 16), (16, 12), (8, 20), (20, 16)]
 
 
@@ -35,17 +35,25 @@ def step_of(unet):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("whole", [True, False], ids=["step", "unet"])
-@pytest.mark.parametrize(("dynamic", "sizes", "most"), [(False, 1, 1), (True, 5, 2)])
-def test_one_graph_a_size_or_two_for_all(whole, dynamic, sizes, most):
+@pytest.mark.parametrize(
+    ("whole", "config", "dynamic", "sizes", "most"),
+    [
+        (True, TWO_LEVELS, False, 1, 1),
+        (True, TWO_LEVELS, True, 5, 2),
+        (False, ONE_LEVEL, True, 5, 2),
+    ],
+    ids=["step", "step-dynamic", "unet-dynamic"],
+)
+def test_one_graph_a_size_or_two_for_all(whole, config, dynamic, sizes, most):
     torch._dynamo.reset()
-    net, count = tiny_unet(config=UNET), Counting()
+    net, count = tiny_unet(config=config), Counting()
+    levels = scfg.SCFGConfig(map_reduction=1, coarsest_reduction=len(config.heads))
     options = dict(fullgraph=True, dynamic=dynamic, backend=count)
     if whole:
-        step = torch.compile(step_of(scfg.UNetWrapper(net, CONFIG)), **options)
+        step = torch.compile(step_of(scfg.UNetWrapper(net, levels)), **options)
     else:
-        step = step_of(scfg.UNetWrapper(torch.compile(net, **options), CONFIG))
-    plain = step_of(scfg.UNetWrapper(tiny_unet(config=UNET), CONFIG))
+        step = step_of(scfg.UNetWrapper(torch.compile(net, **options), levels))
+    plain = step_of(scfg.UNetWrapper(tiny_unet(config=config), levels))
     for size in (*SIZES[:sizes], SIZES[0], SIZES[0]):
         out, expected = step(*arguments(size)), plain(*arguments(size))
         assert_close(actual=out.eps, expected=expected.eps, share=1e-4)

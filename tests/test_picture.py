@@ -1,11 +1,13 @@
 """Pictures: colours of regions and rates, and the size of the panel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny import generate, tiny_model
 
-from scfg.drawing.panel import panel
+from scfg.drawing.panel import BAR, GAP, MARGIN, SIDE, panel
 from scfg.drawing.picture import (
     CELL,
     NO_WORD,
@@ -66,3 +68,20 @@ def test_a_long_prompt_makes_the_panel_taller_not_wider():
     pictures = [panel([{"scfg": image}], 1, "settings") for image in images]
     assert pictures[0].width == pictures[1].width
     assert pictures[0].height < pictures[1].height
+
+
+@pytest.mark.parametrize(("apart", "columns"), [(0.06, 5), (0.14, 4)])
+def test_the_difference_is_shown_of_pictures_that_look_alike_and_not_of_others(apart, columns):
+    made = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    drawn = generate(tiny_model(), ["a red owl"], [0], steps=2, trace=True)
+    plain = [replace(drawn, method="cfg", images=image - 0.9) for image in made]
+    ours = [replace(drawn, images=image - 0.9 + 2 * apart * made[0]) for image in made]
+    rows = [{"cfg": a, "scfg": b} for a, b in zip(plain, ours, strict=True)]
+    picture = np.array(panel(rows, 1, "settings")).astype(int)  # apart by half of it on average
+    assert picture.shape[1] == 2 * MARGIN + SIDE + columns * (CELL + GAP) + BAR
+    top, left = MARGIN + 40 + 54 + 2 * 26, MARGIN + SIDE
+    for k in range(2 if columns == 5 else 0):
+        y = slice(top + k * (CELL + GAP), top + k * (CELL + GAP) + CELL)
+        cells = [picture[y, x : x + CELL] for x in range(left, 9999, CELL + GAP)]
+        assert (cells[2] == np.minimum(8 * abs(cells[1] - cells[0]), 255)).all()
+        assert cells[2].max() > 100

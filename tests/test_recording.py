@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import assert_close
+from tiny import tiny_unet
 from unet_hosts import ALL_LEVELS, NETS, build, hooks, tensor
 
 import scfg
 from scfg import backends
+from scfg.models.unet import UNetConfig
 from scfg.recording import folding
 
 
@@ -223,14 +225,13 @@ def test_layers_per_level_uses_the_last_layers_in_forward_order():
 
 
 def test_compiled_unet_records_the_same():
-    net, args, _ = build("own")
-    with scfg.UNetWrapper(net, ALL_LEVELS) as unet:
+    net = tiny_unet(config=UNetConfig(4, 4, (8, 16), (1, 1), 1, (1, 2), 1, 24, norm_groups=4))
+    args, config = build("own")[1], scfg.SCFGConfig(map_reduction=1, coarsest_reduction=2)
+    with scfg.UNetWrapper(net, config) as unet:
         eps = unet(*args).chunk(2)
         expected = unet.guide(*eps, 6.0)
     torch._dynamo.reset()
-    with scfg.UNetWrapper(
-        torch.compile(net, fullgraph=True, backend="aot_eager"), ALL_LEVELS
-    ) as unet:
+    with scfg.UNetWrapper(torch.compile(net, fullgraph=True, backend="aot_eager"), config) as unet:
         for scale in (6.0, 3.0):
             out = unet.guide(*unet(*args).chunk(2), scale)
         assert torch.equal(out.labels, expected.labels)

@@ -202,12 +202,14 @@ def test_a_network_without_a_row_is_given_one():
         start=(0,),
     )
     plain = model(torch.cat([x, x]), words)
+    attributes = [set(vars(m)) for m in model.modules()]
     with scfg.Recorder(model, CONFIG, layout=layout) as network:
         eps = network(torch.cat([x, x]), words)
         assert eps.equal(plain)
         out = network.guide(*eps.chunk(2), 3.0)
     assert out.labels.shape == (1, 4, 6) and 0 not in out.labels.unique()
-    assert not any(hasattr(m, "_scfg_seen") or m._forward_hooks for m in model.modules())
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert not any(m._forward_hooks for m in model.modules())
     expected = eps[:1] + 3.0 * out.rate * (eps[1:] - eps[:1])
     assert_close(actual=out.eps, expected=expected, share=1e-5)
 

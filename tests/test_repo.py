@@ -17,19 +17,20 @@ SOURCES = sorted([*(ROOT / "scfg").rglob("*.py"), *(ROOT / "csrc_triton").glob("
 # A file imports from lower floors, and from its own folder where that makes no circle.
 FLOORS = {
     "csrc_triton": 0,
-    "scfg/config": 1, "scfg/reference": 1, "scfg/sampling": 1,
+    "scfg/config": 1, "scfg/names": 1, "scfg/reference": 1, "scfg/sampling": 1,
     "scfg/checks": 1.5,
-    "scfg/backends": 2, "scfg/models/files": 2, "scfg/models/unet": 2,
+    "scfg/backends": 2, "scfg/models/files": 2, "scfg/models/topology": 2, "scfg/models/unet": 2,
     "scfg/ops": 3,
     "scfg/patches": 3.5,
     "scfg/evidence": 4,
     "scfg/regions": 4.5,
     "scfg/guidance": 5,
     "scfg/recording": 6, "scfg/methods": 6, "scfg/models": 6,
-    "scfg/__init__": 7,
+    "scfg/__init__": 7, "scfg/unet": 7,
     "scfg/drawing": 8,
     "scfg/adapters": 9, "scfg/evaluate": 9, "scfg/options": 9,
-    "scfg/__main__": 10,
+    "scfg/commands": 10,
+    "scfg/__main__": 11,
 }  # fmt: skip
 HOSTS = {"diffusers", "comfy", "k_diffusion", "transformers", "comfy_api"}
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder
 
 import csrc_triton
-from benchmarks import cases, traffic, transformer_cost
+from benchmarks import cases, records, rooflines, traffic, transformer_cost
 from scfg import reference
 
 pytestmark = pytest.mark.skipif(
@@ -84,6 +84,32 @@ def test_the_joint_map_of_the_cost_table_is_what_the_definition_multiplies():
     assert rows["completion"][0] == layers * (counted.get_total_flops() - mapped)
     written = sum(x.numel() * 4 for x in (self_map, cross_map))
     assert rows["joint map, split"][1] > layers * written
+
+
+@pytest.mark.parametrize("op", ["region_sums", "guide", "guide_evidence"])
+def test_the_floors_on_paper_are_those_that_are_recorded(op):
+    kept = [row for row in records.load() if row["kind"] == "floor"]
+    assert len(kept) == len(rooflines.SIZES) * len((*rooflines.OPS, *rooflines.AFTER))
+    (row,) = (row for row in kept if (row["op"], row["size"]) == (op, "sd15-512"))
+    us = row.pop("us")
+    assert rooflines.counted(op, "sd15-512") == row
+    assert {name: list(rooflines.floors(row, gpu)) for name, gpu in rooflines.GPUS.items()} == us
+
+
+def test_floors_of_a_map_worked_out_on_paper():
+    """2 rows, n = 256, m = 256 + 77, 8 heads of 160: 0.437 G operations, 1.36 M exponentials."""
+    products, least = 2 * 2 * 256 * 333 * 1280, 2 * (2 * 1280 * (3 * 256 + 77) + 4 * 256 * 333)
+    row = dict(least=least, asked=3 * least, products=products, float32_products=0)
+    row |= dict(exponentials=2 * 256 * 333 * 8, elementwise=0)
+    gpu = rooflines.Gpu(1e12, 4e12, 100e12, 50e12, 10e12, 1e12)
+    memory, l2, work = rooflines.floors(row, gpu)
+    assert (memory, l2, work) == (5.01, 3.76, 4.36)
+    (kept,) = (
+        row
+        for row in records.load()
+        if row.get("op") == "attention_maps" and row.get("size") == "sd15-512" and "us" in row
+    )
+    assert (kept["least"], kept["products"]) == (least, products)
 
 
 @pytest.mark.parametrize("joint", ["renormalise", "raw"])

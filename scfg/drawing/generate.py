@@ -11,17 +11,10 @@ from scfg.config import SCFGConfig
 from scfg.guidance import Guided, cfg
 from scfg.models.embedded import EmbeddedModel
 from scfg.models.text import END, START
+from scfg.names import METHODS, SAMPLERS
 from scfg.recording.phrases import weigh_phrases
 from scfg.recording.predictor import Predictor
 from scfg.recording.run import Run
-
-METHODS = {"cfg": "CFG", "scfg": "S-CFG"}
-SAMPLERS = {
-    "ddim": "DDIM",
-    "dpmpp_2m": "DPM-Solver++(2M)",
-    "euler": "Euler",
-    "euler_ancestral": "Euler ancestral",
-}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from scfg.drawing.generate import METHODS, Generated
+from scfg.drawing.generate import Generated
 from scfg.drawing.picture import (
     CELL,
     INK,
@@ -21,6 +21,7 @@ from scfg.drawing.picture import (
     to_pillow,
     viridis,
 )
+from scfg.names import METHODS
 
 GAP, MARGIN, SIDE = 20, 48, 96  # pixels: between cells, border, labels of rows
 BAR = 92  # the colour bar and its numbers
@@ -105,6 +106,7 @@ def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
     chosen, words = [result.trace[i] for i in picks], result.words[0]
     colours = phrase_colours(words)
     limits = rate_range([step.rate[0] for step in chosen])
+    spans = [rate_range([step.rate[0]]) for step in chosen]  # of one step: much of the bar is dark
     cells = [
         [enlarge(to_pillow(step.x0[0])) for step in chosen],
         [draw_regions(step.x0[0], step.labels[0], words, colours) for step in chosen],
@@ -113,7 +115,10 @@ def strip(result: Generated, how: str, columns: int = 8) -> Image.Image:
     return _compose(
         result.prompts[0],
         [f"{METHODS[result.method]} \u00b7 seed {result.seeds[0]} \u00b7 {how}"],
-        [f"step {i + 1}" for i in picks],
+        [
+            f"step {i + 1}: rate {low:g} to {high:g}"
+            for i, (low, high) in zip(picks, spans, strict=True)
+        ],
         ["image", "regions", "rate"],
         cells,
         _legend(words, [step.labels[0] for step in chosen]),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from scfg.config import SCFGConfig
 from scfg.models import emoji
+from scfg.models.emoji_words import WORDS
 from scfg.models.files import read_tensors, write_whole
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.transformer import JointTransformer, TransformerConfig
@@ -51,7 +52,7 @@ class ModelConfig:
     transformer: TransformerConfig | None = None
     text_layers: int = 2
     text_heads: int = 4
-    words: tuple[str, ...] = emoji.WORDS
+    words: tuple[str, ...] = WORDS
     length: int = emoji.LENGTH
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ class _Ran(_Hook):
         block = self.block
         last = block.attentions[-1]
         if last.reduction is None and block.attentions[0].reduction is None:
-            block.tells = bool(args) and count_pixels(args[0]) == last.pixels
+            block.tells = len(args) > 0 and count_pixels(args[0]) == last.pixels
         else:
             block.chosen = True
             block.check_pixels(output if self.whole else None)
