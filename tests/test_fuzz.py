@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_unet
 
 import scfg
 from scfg import __main__ as cli
-from scfg import ops
+from scfg import commands, ops
 from scfg.adapters.diffusers import attach
 from scfg.adapters.k_diffusion import denoiser
 from scfg.adapters.modular import SemanticGuidance
@@ -257,7 +257,7 @@ def test_a_command_draws_or_says_what_is_wrong_with_it(prompt, options):
     line = [text for name, value in asked.items() for text in (name, value)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(cli, "load_model", load)
+        patch.setattr(commands, "load_model", load)
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             try:
                 status = cli.main(["generate", prompt, "--quiet", *line])

@@ -21,8 +21,10 @@ def test_output_is_bit_identical_and_regions_equal_those_of_the_kept_maps(name, 
         output = tensor(unet(*args, **kwargs))
         assert torch.equal(output, plain)
         predictions = output[:, :3].chunk(2)
-        out = unet.guide(*predictions, 6.0)
+        out, found = unet.guide(*predictions, 6.0), unet.regions(len(predictions[0]))
         layers = unet.attention
+    assert torch.equal(found.labels, out.labels) and found.rule == out.rule
+    assert found.tokens == layers[0].cross_map.shape[-1]
     for layer in layers:
         assert layer.grid == tuple(-(-s // layer.reduction) for s in output.shape[2:])
     maps = [x.self_map for x in layers], [x.cross_map for x in layers]
