@@ -69,6 +69,7 @@ def test_every_op_graph_stream_and_golden_file_is_planned():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs it in full")
+@pytest.mark.slow
 def test_the_whole_run_holds_in_the_interpreter(tmp_path):
     path = tmp_path / "run.json"
     assert gpu_check.main(["--device", "cpu", "--quick", "--out", str(path)]) == 0
