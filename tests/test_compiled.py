@@ -20,7 +20,16 @@ KERNELS = {
     for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
 }
 FEW = ("sm_80", "sm_90", "gfx942")
-MAY_SPILL = {"gfx1100"}  # segmentation there, 372 bytes at most
+MAY_SPILL = {  # bytes, at most, of single launches of Triton 3.7.1; not measured what they cost
+    "sm_100": {"_attention_maps_kernel": 8, "_joint_maps_kernel": 88},
+    "sm_120": {"_attention_map_kernel": 16, "_attention_maps_kernel": 36},
+    "gfx942": {"_guide_evidence_kernel": 84},
+    "gfx1100": {
+        "_attention_maps_kernel": 440,
+        "_segment_kernel": 256,
+        "_guide_evidence_kernel": 688,
+    },
+}
 TARGETS = tuple(compiled.TARGETS)
 
 
@@ -59,7 +68,11 @@ def check(reports, targets):
         found = {report["kernel"] for report in reports if report["target"] == target}
         assert found == KERNELS - missing(target) and len(KERNELS) >= 10
     assert [x for x in reports if x["shared"] > compiled.LIMITS[x["target"]]] == []
-    assert [x for x in reports if x["spilled"] and x["target"] not in MAY_SPILL] == []
+    assert [x for x in reports if x["spilled"] > may_spill(x)] == []
+
+
+def may_spill(report):
+    return MAY_SPILL.get(report["target"], {}).get(report["kernel"], 0)
 
 
 def test_every_kernel_compiles_fits_its_target_and_spills_nothing(reports):
