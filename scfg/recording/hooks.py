@@ -12,10 +12,9 @@ from threading import get_ident
 import torch
 from torch import Tensor, nn
 
-from scfg.evidence import find_reduction
 from scfg.recording.attention import PROJECTIONS, Attention, count_pixels
 from scfg.recording.blocks import find_blocks, folding_module
-from scfg.recording.plan import Plan
+from scfg.recording.plan import Plan, TracedPlan
 from scfg.recording.reading import Block
 
 
@@ -121,17 +120,6 @@ class _Gate(_Hook):
             block.attentions[0].call(args, kwargs, plan)
 
 
-class _Traced:
-    """The plan of a call as a compiler sees it: every number a function of the latent's shape."""
-
-    def __init__(self, sample: Tensor, reductions: tuple[int, ...]):
-        self.sample, self.reductions = sample, reductions
-
-    def reduction(self, n: int) -> int | None:
-        """The chosen resolution that has n pixels, or None."""
-        return find_reduction(self.sample.shape[-2:], n, self.reductions)
-
-
 class Hooks:
     """Hooks on the transformer blocks of a U-Net, silent but for the thread that is listened to.
 
@@ -155,7 +143,7 @@ class Hooks:
         self.thread: int | None = None  # that it listens to
         self.ran = ran
         self._plan: Plan | None = None  # of the call that it listens to
-        self._traced: _Traced | None = None
+        self._traced: TracedPlan | None = None
         self._reductions, self._unet = reductions, unet
         self._compiled = hasattr(unet, "_orig_mod")  # or seen to be
         self._blocks = [
@@ -166,7 +154,7 @@ class Hooks:
         for block in self._blocks:
             self.put_all(block)
 
-    def listening(self) -> "Plan | _Traced | None":
+    def listening(self) -> Plan | TracedPlan | None:
         """The plan, if a call of now and here is listened to."""
         if torch.compiler.is_compiling():
             self._compiled = True
@@ -208,7 +196,7 @@ class Hooks:
             block.begin()
             if block.gated and block.module._compiled_call_impl is not None:
                 self.put_all(block)
-        self._plan, self._traced = plan, _Traced(sample, self._reductions)
+        self._plan, self._traced = plan, TracedPlan(sample, self._reductions)
         self.thread = this_thread()
 
     def clear(self) -> None:

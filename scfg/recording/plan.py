@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scfg.config import SCFGConfig
-from scfg.evidence import level_weights, map_grid
+from scfg.evidence import find_reduction, level_weights, map_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,3 +43,14 @@ def make_plan(sample: Tensor, config: SCFGConfig, last: Plan | None = None) -> P
     grids = [(map_grid(size, reduction), reduction) for reduction in config.reductions]
     pixels = tuple((h * w, reduction) for (h, w), reduction in grids)
     return Plan(size, device, pixels, level_weights(size, config, device))
+
+
+class TracedPlan:
+    """The plan of a call as a compiler sees it: every number a function of the latent's shape."""
+
+    def __init__(self, sample: Tensor, reductions: tuple[int, ...]):
+        self.sample, self.reductions = sample, reductions
+
+    def reduction(self, n: int) -> int | None:
+        """The chosen resolution that has n pixels, or None."""
+        return find_reduction(self.sample.shape[-2:], n, self.reductions)
