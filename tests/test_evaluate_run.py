@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ def start(folder, weights, processes):
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     arguments = [*launch, str(WORKER), str(folder), str(weights)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
 
 
