@@ -23,6 +23,15 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def one_thread():
+    """Where the number of threads changes the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Golden:
     """One golden file as tensors: maps per layer, predictions, and the expected results."""
 

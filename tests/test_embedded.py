@@ -29,13 +29,7 @@ from scfg.models.emoji_words import WORDS
 from scfg.models.text import Tokenizer
 from scfg.models.training import Plan, Trainer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scenes_of(seed: int, count: int = 200) -> list[Scene]:

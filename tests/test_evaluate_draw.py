@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close
-from tiny import generate, tiny_model
+from tiny import TRANSFORMER, generate, randomised, tiny_model
 
 from scfg import reference
 from scfg.evaluate import draw as drawing
@@ -25,22 +25,15 @@ from scfg.evaluate.regions import (
 )
 from scfg.guidance import Guided, guide_regions
 from scfg.methods.samg import samg
-from scfg.models.embedded import CONFIG, ModelConfig, assemble, networks, to_latents
+from scfg.models.embedded import CONFIG, assemble, networks, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.judge import patch_regions
-from scfg.models.transformer import JointTransformer, TransformerConfig
+from scfg.models.transformer import JointTransformer
 from scfg.recording.wrapper import Recorder
 from scfg.regions import Regions
 
 SCENES = sample_scenes(6, np.random.default_rng(3))
 CAPTIONS = [caption(one) for one in SCENES]
-
-
-TRANSFORMER = ModelConfig(
-    unet=None,
-    transformer=TransformerConfig(width=32, depth=3, heads=2, context_dim=16),
-    text_layers=1,
-)
 
 
 @pytest.fixture(scope="module", params=["unet", "transformer"])
@@ -52,9 +45,7 @@ def seeing_transformer():
     """Words differ in where they are seen, however little, and that counts."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        parts = networks(TRANSFORMER).eval().requires_grad_(False)
-        for p in parts.parameters():
-            p += 0.2 * torch.randn_like(p)
+        parts = randomised(networks(TRANSFORMER).eval())
     config = dataclasses.replace(CONFIG, min_share=0.0, min_peak=0.0)
     return dataclasses.replace(assemble(parts, TRANSFORMER), config=config)
 

@@ -14,13 +14,7 @@ import scfg
 WORKER = Path(__file__).parent / "branch_worker.py"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the other process has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the other process has
 
 
 def test_two_ranks_guide_as_one_process_does_to_the_last_bit(tmp_path):

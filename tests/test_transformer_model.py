@@ -5,13 +5,13 @@ import pytest
 import torch
 from conftest import assert_close
 from PIL import Image
+from tiny import TRANSFORMER, randomised
 from torch import nn
 
 from scfg import SCFGConfig
 from scfg import __main__ as cli
 from scfg.models.embedded import (
     FlowPredictor,
-    ModelConfig,
     assemble,
     load_model,
     networks,
@@ -24,20 +24,7 @@ from scfg.models.transformer import JointTransformer, TransformerConfig, rotary_
 from scfg.recording.wrapper import Recorder
 from scfg.sampling import scaled_linear
 
-TINY = ModelConfig(
-    unet=None,
-    transformer=TransformerConfig(width=32, depth=3, heads=2, context_dim=16),
-    text_layers=1,
-)
-PLAN = Plan(samples=320, batch=16, warmup=2, lr=1e-2, model=TINY)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Weights that start at zero get a value too, so that every part has a say."""
-    generator = torch.Generator().manual_seed(3)
-    for p in model.parameters():
-        p.data += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return model.requires_grad_(False)
+PLAN = Plan(samples=320, batch=16, warmup=2, lr=1e-2, model=TRANSFORMER)
 
 
 def test_rotated_products_know_the_distance_of_patches_and_nothing_else():
@@ -145,14 +132,14 @@ def norm_eps(norm: nn.RMSNorm) -> float:
 
 def test_saved_weights_draw_a_picture_with_the_command(tmp_path):
     torch.manual_seed(0)
-    parts = networks(TINY)
+    parts = networks(TRANSFORMER)
     randomised(parts)
-    save_weights(parts, TINY, tmp_path / "w.safetensors")
+    save_weights(parts, TRANSFORMER, tmp_path / "w.safetensors")
     loaded = load_model(tmp_path / "w.safetensors")
     x, context = torch.randn(2, 48, 4, 6), loaded.encode(["a dog on a red background"] * 2)
     half = {name: p.half().float() for name, p in parts.state_dict().items()}
     parts.load_state_dict(half)
-    expected = assemble(parts, TINY).unet(x, 500, context)
+    expected = assemble(parts, TRANSFORMER).unet(x, 500, context)
     assert torch.equal(loaded.unet(x, 500, context), expected)
     out = tmp_path / "out.png"
     prompt = "a dog and a cat on a red background"

@@ -1,10 +1,12 @@
 """One tiny U-Net, one tiny embedded model, and short ways to draw with what is under test."""
 
 import torch
+from torch import nn
 
 from scfg.adapters.generate import draw as draw_pipeline
 from scfg.drawing.generate import Request, draw
 from scfg.models.embedded import ModelConfig, assemble, networks
+from scfg.models.transformer import TransformerConfig
 from scfg.models.unet import UNet, UNetConfig
 
 LATENT_UNET = UNetConfig(
@@ -15,6 +17,19 @@ MODEL = ModelConfig(
     text_layers=1,
     text_heads=2,
 )
+TRANSFORMER = ModelConfig(
+    unet=None,
+    transformer=TransformerConfig(width=32, depth=3, heads=2, context_dim=16),
+    text_layers=1,
+)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Weights that start at zero get a value too, so that every part has a say."""
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model.requires_grad_(False)
 
 
 def tiny_unet(seed=0, config=LATENT_UNET):
