@@ -129,13 +129,17 @@ def test_checkpoints_are_safetensors_and_json_and_replace_each_other(tmp_path):
     assert "ema.unet.conv_in.weight" in json.loads(header[8 : 8 + size])
 
 
-def test_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
-    trainer = Trainer(plan(lr=0.1))
+@pytest.mark.parametrize(
+    "decay, factors",
+    [(1.0, (0.5, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)), (0.5, (0.5, 1, 1, 1, 2 / 3, 1 / 3))],
+)
+def test_learning_rate_rises_over_the_warm_up_and_falls_to_zero(decay, factors):
+    trainer = Trainer(plan(lr=0.1, decay=decay))
     rates = []
     for _ in range(6):
         trainer.step()
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.1 * f for f in (0.5, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1 * f for f in factors])
     timed = Trainer(plan(samples=None, minutes=2.0))
     timed.seconds = 30.0
     assert timed.progress == 0.25
@@ -184,7 +188,7 @@ def test_two_processes_follow_the_gradient_of_their_averaged_losses(tmp_path):
         # AdamW's first mean is (1 - 0.9) times the gradient; its step, a sign, would not do.
         expected = mean[name] / norm.clamp_min(1)
         bound = 1e-5 * expected.abs().max().item() + 1e-9
-        actual = 10 * shared.optimizer.state[p]["exp_avg"]
+        actual = 10 * shared.optimizers[0].state[p]["exp_avg"]
         torch.testing.assert_close(actual, expected, atol=bound, rtol=0, msg=name)
 
 

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="length of the run instead of --minutes")
     parser.add_argument("--batch", type=int, default=Plan.batch)
     parser.add_argument("--lr", type=float, default=Plan.lr)
+    parser.add_argument("--decay", type=float, default=Plan.decay, help="of the lr, last share")
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile, worth it on a GPU")
@@ -124,7 +125,7 @@ def main() -> None:
     elif (args.out / "checkpoint.json").exists():
         parser.error(f"{args.out} holds a run already: give --resume or another --out")
     else:
-        names = ("minutes", "samples", "batch", "lr", "seed", "bf16")
+        names = ("minutes", "samples", "batch", "lr", "decay", "seed", "bf16")
         model = ModelConfig() if args.network == "unet" else TRANSFORMER
         plan = Plan(**{name: getattr(args, name) for name in names}, model=model)
         trainer = Trainer(plan, args.device, args.compile)

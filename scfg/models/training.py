@@ -3,9 +3,10 @@
 The network predicts x0 on scenes drawn on the fly; one caption in ten is empty. A U-Net's loss has
 min-SNR-5 weights, ``min(abar / (1 - abar), 5) |x0 - target|^2`` (Hang et al., arXiv 2303.09556); a
 transformer's is that of the velocity on the straight path ``(1 - s) x0 + s eps``, which is
-``|x0 - target|^2 / s^2``, with logit-normal s (Esser et al., 2403.03206). AdamW with
-a short warm-up, then a learning rate that falls linearly to zero over the planned minutes or
-samples; the weights that are shown and exported are an exponential moving average (EMA).
+``|x0 - target|^2 / s^2``, with logit-normal s (Esser et al., 2403.03206). AdamW, and Muon (Jordan
+et al., 2024) for the matrices that a transformer's tokens pass, with a short warm-up, then a
+learning rate that falls linearly to zero over the planned minutes or samples, or the last share of
+them; the weights that are shown and exported are an exponential moving average (EMA).
 """
 
 import json
@@ -25,12 +26,15 @@ from scfg.models.text import Tokenizer
 from scfg.sampling import scaled_linear
 
 LEAST_LEVEL = 0.1  # below it a velocity's weight grows no more
+STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what the optimizers keep a weight
 
 
 @dataclass(frozen=True)
 class Plan:
     """What determines a run. The learning rate reaches zero at `minutes` or, if given, `samples`.
 
+    It begins to fall when `decay`, a share of the run in (0, 1], is left: by default at once. A run
+    that may be given more time later keeps its rate until then.
     Only a run planned in samples is reproducible bit for bit; minutes are what a machine allows.
     """
 
@@ -40,10 +44,28 @@ class Plan:
     seed: int = 0
     lr: float = 1e-3
     warmup: int = 200  # steps
+    decay: float = 1.0
     ema_decay: float = 0.998
     empty: float = 0.1  # share of empty captions
     bf16: bool = False
     model: ModelConfig = ModelConfig()
+
+
+def optimizers(parts: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of a transformer's attention and feed-forward, AdamW for the rest."""
+    kinds = {True: [], False: []}
+    for name, p in parts.named_parameters():
+        mixes = ".attn." in name or ".ff." in name
+        kinds[plan.model.network == "transformer" and mixes and p.ndim == 2].append(p)
+    adamw = torch.optim.AdamW(
+        kinds[False], plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    if not kinds[True]:
+        return [adamw]
+    muon = torch.optim.Muon(
+        kinds[True], plan.lr, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
 
 
 class Trainer:
@@ -62,9 +84,7 @@ class Trainer:
             self.parts = networks(plan.model).to(device)
         self.ema = networks(plan.model).to(device).requires_grad_(False)
         self.ema.load_state_dict(self.parts.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.parts.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self.optimizers = optimizers(self.parts, plan)
         self.predict = torch.compile(self._predict) if compile else self._predict
         self.tokenizer = Tokenizer(plan.model.words, plan.model.length)
         self.abar = scaled_linear().alphas_cumprod.to(device)
@@ -98,15 +118,18 @@ class Trainer:
         """
         start, plan = time.perf_counter(), self.plan
         loss = self._loss(np.random.default_rng([plan.seed, self.steps, self.rank]))
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
         if self.world > 1:
             loss = self._average(loss)
         nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
-        rate = plan.lr * min(1, (self.steps + 1) / plan.warmup) * max(0, 1 - self.progress)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
+        falling = min(1, max(0, 1 - self.progress) / plan.decay)
+        for optimizer in self.optimizers:
+            rate = plan.lr * min(1, (self.steps + 1) / plan.warmup) * falling
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
         self.steps += 1
         decay = min(plan.ema_decay, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
@@ -164,7 +187,8 @@ class Trainer:
         tensors = {}
         for name, p in self.parts.named_parameters():
             tensors |= {f"parts.{name}": p.detach()}
-            tensors |= {f"{key}.{name}": v for key, v in self.optimizer.state[p].items()}
+            for optimizer in self.optimizers:
+                tensors |= {f"{key}.{name}": v for key, v in optimizer.state.get(p, {}).items()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.named_parameters()}
         numbers = {
             "plan": asdict(self.plan),
@@ -189,10 +213,9 @@ class Trainer:
         with torch.no_grad():
             for name, p in trainer.parts.named_parameters():
                 p.copy_(tensors[f"parts.{name}"])
-                trainer.optimizer.state[p] = {
-                    key: tensors[f"{key}.{name}"].to(device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                kept = {key: tensors.get(f"{key}.{name}") for key in STATE}
+                kept = {key: value.to(device) for key, value in kept.items() if value is not None}
+                trainer.optimizers["momentum_buffer" in kept].state[p] = kept
             for name, p in trainer.ema.named_parameters():
                 p.copy_(tensors[f"ema.{name}"])
         trainer.steps, trainer.seconds = numbers["steps"], numbers["seconds"]
