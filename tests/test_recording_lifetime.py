@@ -170,3 +170,5 @@ def test_guide_refuses_a_batch_it_did_not_record():
             RuntimeError, match=r"one recorded call of 8 rows or two of 4, got \[4\]"
         ):
             unet.guide(eps, eps, 6.0)
+        with pytest.raises(ValueError, match=r"eps_uncond must have shape \(4, .* got \(2, "):
+            unet.guide(eps[:2], eps, 6.0)

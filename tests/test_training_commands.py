@@ -47,6 +47,13 @@ def test_a_network_is_trained_carried_on_and_exported(monkeypatch, tmp_path, cap
         call(monkeypatch, train.main, *options)
     assert "holds a run already" in capsys.readouterr().err
     call(monkeypatch, train.main, *options, "--resume")
+    options = "--batch", 2, "--threads", 1, "--out", tmp_path / "longer"
+    call(monkeypatch, train.main, *options, "--minutes", 1e-9)
+    first = json.loads((tmp_path / "longer" / "checkpoint.json").read_text())
+    minutes = first["seconds"] / 60 + 1e-3
+    call(monkeypatch, train.main, *options, "--resume", "--minutes", minutes)
+    longer = json.loads((tmp_path / "longer" / "checkpoint.json").read_text())
+    assert longer["plan"]["minutes"] == minutes and longer["steps"] > first["steps"]
     call(monkeypatch, train.main, "--out", out, "--export", file)
     assert "4 samples" in capsys.readouterr().out
     assert read_tensors(file) and load_model(file, "cpu").config

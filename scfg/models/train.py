@@ -7,6 +7,7 @@ scfg.models.train``; on a busy CPU that is faster than as many threads.
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scfg.models.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--network", choices=["unet", "transformer"], default="unet")
-    parser.add_argument("--minutes", type=float, default=Plan.minutes, help="length of the run")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"length of the run, {Plan.minutes:g} if not given; with --resume another one than it "
+        "was started with",
+    )
     parser.add_argument("--samples", type=int, help="length of the run instead of --minutes")
     parser.add_argument("--batch", type=int, default=Plan.batch)
     parser.add_argument("--lr", type=float, default=Plan.lr)
@@ -122,12 +128,15 @@ def main() -> None:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if args.resume:
         trainer = Trainer.resume(args.out, args.device, args.compile)
+        if args.minutes is not None:
+            trainer.plan = replace(trainer.plan, minutes=args.minutes)
     elif (args.out / "checkpoint.json").exists():
         parser.error(f"{args.out} holds a run already: give --resume or another --out")
     else:
         names = ("minutes", "samples", "batch", "lr", "decay", "seed", "bf16")
         model = ModelConfig() if args.network == "unet" else TRANSFORMER
-        plan = Plan(**{name: getattr(args, name) for name in names}, model=model)
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        plan = Plan(**given, model=model)
         trainer = Trainer(plan, args.device, args.compile)
     args.out.mkdir(parents=True, exist_ok=True)
     run(trainer, args.out, args.checkpoint_minutes, args.preview_minutes)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from scfg import checks
 from scfg.backends import check_backend
 from scfg.config import SCFGConfig, check_config
 from scfg.evidence import Evidence
@@ -196,11 +197,14 @@ class Recorder:
 
         Raises:
             RuntimeError: The recorded calls are not one of 2b rows or two of b rows.
+            ValueError: The predictions differ in shape, and as `semantic_cfg`.
         """
         like = eps_text
         if self.layout is not None:
             grid = self._recorder.grid
             eps_uncond, eps_text = (unpack(x, self.layout, grid) for x in (eps_uncond, eps_text))
+        if isinstance(eps_text, Tensor):  # before rows are counted, by those of one of them
+            checks.shape(eps_uncond, "eps_uncond", *eps_text.shape)
         branches = self.branches(len(like))
         guided = guide_evidence(
             eps_uncond,
