@@ -124,7 +124,7 @@ def evidence(points: Sequence[dict], differences: Sequence[dict]) -> Figure:
 
 def quality(points: Sequence[dict]) -> Figure:
     """Captions wholly right, and distance from real scenes, by strength; and one by the other."""
-    figure = Figure((11, 3.9), layout="constrained")
+    figure = Figure((11, 4.1), layout="constrained")
     right, far, both = figure.subplots(1, 3)
     rows = [r for r in points if r["begin"] is None]
     _curves(right, rows, "strength", "all")
@@ -134,7 +134,7 @@ def quality(points: Sequence[dict]) -> Figure:
         axis.set(title="kernel distance from real scenes", yscale="log")
     far.set(xlabel="strength")
     both.set(xlabel="share of objects found", xscale="linear")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
