@@ -14,6 +14,8 @@ import scfg
 from scfg.adapters.comfyui.layouts import kind_of
 from scfg.adapters.comfyui.phrases import parse_phrases, read_prompt
 from scfg.adapters.comfyui.run import ComfyRun
+from scfg.evidence import Evidence
+from scfg.patches import Patches
 from scfg.recording.layouts import Words
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +101,31 @@ def test_patches_go_to_what_they_look_at_and_rates_to_regions():
         assert float(rate[row, column]) == pytest.approx(min(max(mean / norm, 0.8), 3.0), rel=1e-5)
     run.eject(patcher)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_step_that_cannot_be_guided_says_why():
+    def prompts(count):
+        cond = {"c_crossattn": SimpleNamespace(cond=torch.zeros(1, 6, 8))}
+        return [{"uuid": uuid.uuid4(), "model_conds": cond} for _ in range(count)]
+
+    conds, sigma, x = [prompts(1), prompts(1)], torch.ones(1), torch.zeros(1, 1, 8, 6)
+    with pytest.raises(RuntimeError, match="start, stop and every need the sampler's schedule"):
+        ComfyRun(scfg.SCFGConfig(), every=2).begin_step(conds, sigma, {})
+    run = ComfyRun(scfg.SCFGConfig())
+    run.begin_step(conds, sigma, {})
+    with pytest.raises(RuntimeError, match="the guider of this workflow does not ask the model's"):
+        run.begin_step(conds, 2 * sigma, {})
+    with pytest.raises(RuntimeError, match="the attention of the model was not seen"):
+        run.combine(conds, [x, x], x, 2.0, sigma)
+    one = read_prompt(SimpleNamespace(tokenize=encoder), "a cat", [Words("l")], {"a cat": 2.0})
+    conds[0] += prompts(1)
+    run = ComfyRun(scfg.SCFGConfig(), prompt=one)
+    run.begin_step(conds, sigma, {})
+    columns = torch.arange(7)[None]
+    patches = Patches((1, 4, 3), columns=columns, owning=columns > 0, start=True, text=6)
+    run.seen = dict.fromkeys(run.prompts, Evidence((4, 3), {1: [torch.ones(1, 12, 7)]}, patches))
+    with pytest.raises(ValueError, match="prompt and phrases need one prompt, this image has"):
+        run.combine(conds, [x, x], x, 2.0, sigma)
 
 
 def encoder(text):
