@@ -168,7 +168,7 @@ def test_a_bad_option_is_named_with_exit_status_2(run, capsys, options, message)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--count", "0"], ""),
+        (["--count", "0"], "must be a whole number of at least 1"),
         (["--sampler", "heun"], "invalid choice"),
         (["--method", "x"], "invalid choice"),
         (["--seed", "one"], "invalid int"),

@@ -155,6 +155,7 @@ REFUSED = {
         r"Linear must have blocks in \(.*\), found none",
     ),
     "patch map": (lambda: _spread(torch.ones(1, 3, 9), (8, 6)), ValueError, "no map of size"),
+    "a name": (lambda: scfg.nothing, AttributeError, "module 'scfg' has no attribute 'nothing'"),
     "no region kept": (lambda: Run(CONFIG).guide(*EPS, 5.0), RuntimeError, "no regions yet"),
 }
 
