@@ -86,6 +86,25 @@ class KeywordBlock(Block):
         return x + self.attn2(x, cond=context)
 
 
+class NamedBlock(Block):
+    def forward(self, x, context):
+        x = x + self.attn1(x=x)
+        return x + self.attn2(x=x, context=context)
+
+
+class PairBlock(Block):
+    """The text comes with something else, as hosts hand on that of an image."""
+
+    def forward(self, x, context):
+        x = x + self.attn1(x)
+        return x + self.attn2(x, (context, context.mean(1)))
+
+
+class FirstOfPair(Attention):
+    def forward(self, x, context=None):
+        return self.attend(x, context[0])
+
+
 class Merged(Block):
     """Both attentions (tokens merged), or only the first (tiles as rows), see fewer pixels."""
 
@@ -172,6 +191,8 @@ TRAITS = {
     "mask by position": (Block, (MASK,)),
     "mask of its own pixels": (MaskedPixels, ()),
     "own scale": (lambda: Block(Attention(24, scale=2.0)), ()),
+    "all by keyword": (NamedBlock, ()),
+    "text with something else": (lambda: PairBlock(FirstOfPair(24)), ()),
     "text under another keyword": (lambda: KeywordBlock(OtherKeyword(24)), ()),
     "text and image tokens in one tensor": (lambda: Block(TextAndImage(24)), ()),
     "a control branch": (Control, ()),

@@ -8,6 +8,8 @@ from conftest import Golden, assert_close
 
 import scfg
 from scfg import reference
+from scfg.guidance import guide_regions
+from scfg.regions import Regions
 
 
 def case(b=2, size=(17, 25), tokens=9, channels=4, reductions=(4, 8), seed=0):
@@ -69,6 +71,31 @@ def test_rates_are_the_same_in_every_prediction_space(factor):
     other = scfg.semantic_cfg(x + factor * u, x + factor * c, self_maps, cross_maps, 5.0)
     assert_close(actual=other.rate, expected=out.rate, share=1e-4)
     assert_close(actual=other.eps, expected=x + factor * out.eps, share=2e-4 * abs(factor) + 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_cfg_is_its_formula_image_by_image(dtype):
+    make = torch.Generator().manual_seed(0)
+    u, c = torch.randn(2, 3, 4, 5, 7, generator=make, dtype=torch.float64).to(dtype)
+    scale = torch.tensor([1.5, 3.0, 12.0])
+    expected = u.double() + scale.double()[:, None, None, None] * (c.double() - u.double())
+    assert_close(actual=scfg.cfg(u, c, scale), expected=expected, share=torch.finfo(dtype).eps)
+    assert scfg.cfg(u, c, scale).dtype == dtype
+
+
+def test_clips_of_one_batch_have_their_own_scales_and_weights():
+    make = torch.Generator().manual_seed(0)
+    u, c = torch.randn(2, 2, 4, 3, 8, 6, generator=make)  # (b, c, f, H, W)
+    labels = torch.randint(0, 5, (2, 3, 4, 3), generator=make)
+    regions = Regions(labels, labels == 0, 5, torch.zeros(2, dtype=torch.bool), "foreground")
+    config = scfg.SCFGConfig(map_reduction=2)
+    scale, weights = torch.tensor([2.0, 9.0]), torch.rand(2, 5, generator=make) + 0.5
+    both = guide_regions(u, c, regions, scale, config, token_weights=weights)
+    for k in range(2):
+        own = Regions(labels[[k]], labels[[k]] == 0, 5, regions.start_is_flat[[k]], "foreground")
+        one = guide_regions(u[[k]], c[[k]], own, float(scale[k]), config, token_weights=weights[k])
+        assert_close(actual=both.eps[[k]], expected=one.eps, share=1e-6)
+        assert_close(actual=both.rate[[k]], expected=one.rate, share=1e-6)
 
 
 def test_guidance_scale_may_differ_per_image():

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import scfg
 from scfg import commands, ops
 from scfg.adapters import checkpoints
+from scfg.adapters.branches import Branches
 from scfg.adapters.comfyui.regions import _spread
 from scfg.adapters.modular import SemanticGuidance
 from scfg.adapters.pipelines import AttachedTransformers
@@ -212,6 +214,42 @@ def test_embeddings_alone_have_no_phrases():
     places = [SimpleNamespace(tokenizer="tokenizer")]
     with pytest.raises(ValueError, match="need the prompt and its tokenizers"):
         AttachedTransformers._prompts(attached, {"prompt_embeds": Q}, places)
+
+
+@dataclass
+class Output:
+    sample: torch.Tensor
+
+
+def test_what_a_transformer_returns_is_rewritten_in_its_own_form():
+    branch = SimpleNamespace(role="text", acts=True, _rewrite=lambda prediction: prediction + 1)
+    for output, read in (
+        (Output(Q), lambda x: x.sample),
+        ((Q, "rest"), lambda x: x[0]),
+        (Q, lambda x: x),
+    ):
+        new = Branches.after(branch, output)
+        assert type(new) is type(output) and read(new).equal(Q + 1)
+
+
+def test_a_level_may_be_one_number_an_image():
+    x, context = torch.randn(2, 4, 8, 12), torch.randn(2, 7, 24)
+    levels, found = [9.0, 5.0, 1.0], []
+    for t in (torch.tensor(5.0), torch.tensor([5.0, 5.0])):
+        with scfg.guided(NET, 5.0, CONFIG, timesteps=levels, start=0.3, stop=0.7) as predict:
+            found.append(predict(x, t, context, context.flip(1)))
+    assert found[0].equal(found[1])
+
+
+def test_a_gradient_passes_where_the_reference_is_asked_for():
+    eps = [x.clone().requires_grad_() for x in EPS]
+    self_map, cross_map = (
+        torch.full((2 * B, H * W, m), 1 / m, requires_grad=True) for m in (H * W, T)
+    )
+    scfg.semantic_cfg(*eps, [self_map], [cross_map], 5.0, CONFIG, "torch").eps.sum().backward()
+    assert all(torch.isfinite(x.grad).all() and x.grad.any() for x in eps)
+    with pytest.raises(RuntimeError, match="complete got a tensor that requires grad"):
+        scfg.semantic_cfg(*EPS, [self_map], [cross_map], 5.0, CONFIG)
 
 
 def test_a_block_that_a_compiler_may_not_begin_to_read_is_named(monkeypatch):

@@ -193,7 +193,7 @@ def test_phrases_are_words_of_the_prompt_in_every_copy():
     with attach(pipe, None, REAL, callback=plain.append):
         draw("sd3", pipe, call, key, prompt="red square, and blue")
     with attach(pipe, None, REAL, callback=weighted.append, token_weights={"red square": 2.0}):
-        draw("sd3", pipe, call, key, prompt="red square, and blue")
+        draw("sd3", pipe, call, key, prompt=["red square, and blue"])
     assert set(plain[0].labels.unique().tolist()) <= {1, 3, 5, 7}  # the first halves, after START
     inside = torch.isin(plain[0].labels, torch.tensor([1, 3]))
     assert 0 < inside.float().mean() < 1
