@@ -1,6 +1,7 @@
 """semantic_cfg against the golden files, its invariances, and its errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,11 +92,33 @@ def test_clips_of_one_batch_have_their_own_scales_and_weights():
     config = scfg.SCFGConfig(map_reduction=2)
     scale, weights = torch.tensor([2.0, 9.0]), torch.rand(2, 5, generator=make) + 0.5
     both = guide_regions(u, c, regions, scale, config, token_weights=weights)
+    still = replace(
+        regions, labels=(frame := labels[:, :1].expand(-1, 3, -1, -1)), foreground=frame == 0
+    )
+    for frames in (2, 3):
+        cut = replace(still, **{n: getattr(still, n)[:, :frames] for n in ("labels", "foreground")})
+        rate = guide_regions(u[:, :, :frames], c[:, :, :frames], cut, scale, config).rate
+        assert rate.unique().numel() > 2 and rate.equal(rate[:, :, :1].expand_as(rate))
     for k in range(2):
         own = Regions(labels[[k]], labels[[k]] == 0, 5, regions.start_is_flat[[k]], "foreground")
         one = guide_regions(u[[k]], c[[k]], own, float(scale[k]), config, token_weights=weights[k])
         assert_close(actual=both.eps[[k]], expected=one.eps, share=1e-6)
         assert_close(actual=both.rate[[k]], expected=one.rate, share=1e-6)
+
+
+@pytest.mark.parametrize("known", [None, "image", "foreground"])
+@pytest.mark.parametrize("asked", ["auto", "image", "foreground"])
+def test_regions_that_know_their_benchmark_keep_it(known, asked):
+    u, c, *_ = case(size=(8, 6))
+    labels = torch.arange(12).view(1, 4, 3).expand(2, -1, -1) // 5
+    regions = Regions(labels, labels == 0, 3, torch.zeros(2, dtype=torch.bool), known)
+    config = scfg.SCFGConfig(map_reduction=2, benchmark=asked)
+    found = guide_regions(u, c, regions, 5.0, config).rate
+    used = known or ("image" if asked == "image" else "foreground")
+    expected = guide_regions(u, c, replace(regions, benchmark=used), 5.0, scfg.SCFGConfig()).rate
+    other = {"image": "foreground", "foreground": "image"}[used]
+    unlike = guide_regions(u, c, replace(regions, benchmark=other), 5.0, scfg.SCFGConfig()).rate
+    assert found.equal(expected) and not found.equal(unlike)
 
 
 def test_guidance_scale_may_differ_per_image():

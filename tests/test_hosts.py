@@ -106,9 +106,10 @@ def test_channels_beyond_the_latents_do_not_count():
 def test_guidance_that_is_denied_is_warned_of():
     host = Host()
     host.do_classifier_free_guidance = False
-    with pytest.warns(UserWarning, match="acted on none of 3 calls of the U-Net: Host says"):
-        with attach(host):
-            host()
+    none = "acted on none of 3 calls of the U-Net: Host says"
+    with pytest.warns(UserWarning, match=none) as told, attach(host):
+        host()
+    assert told[0].filename == __file__
 
 
 def test_calls_that_cannot_be_two_branches_say_so():

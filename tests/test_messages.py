@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import scfg
 from scfg import commands, ops
 from scfg.adapters import checkpoints
+from scfg.adapters.around import around
 from scfg.adapters.branches import Branches
 from scfg.adapters.comfyui.regions import _spread
 from scfg.adapters.modular import SemanticGuidance
@@ -64,7 +65,7 @@ def regions(uncond, text=None, config=CONFIG):
     return find_regions(uncond=uncond, text=text or evidence(), config=config)
 
 
-COLUMNS = torch.arange(T + 1).expand(B, -1)
+COLUMNS = torch.arange(T).expand(B, -1)
 PATCHES = Patches((1, H, W), columns=COLUMNS, owning=COLUMNS > 0, start=True, text=T)
 OPTIONS = Namespace(model_config=None, model="m", weights="w")
 REFUSED = {
@@ -230,6 +231,21 @@ def test_what_a_transformer_returns_is_rewritten_in_its_own_form():
     ):
         new = Branches.after(branch, output)
         assert type(new) is type(output) and read(new).equal(Q + 1)
+
+
+def test_a_call_around_another_that_is_gone_hands_everything_on():
+    module, seen = nn.Linear(2, 2), []
+    nothing = dict(after=lambda output: output, failed=lambda: None)
+    leave = around(module, lambda args, kwargs: seen.append("first"), **nothing)
+    around(module, lambda args, kwargs: seen.append("second"), **nothing)
+    leave()
+    assert module(input=torch.ones(1, 2)).shape == (1, 2) and seen == ["second"]
+
+
+def test_regions_of_a_transformer_say_whether_its_start_is_flat():
+    branch = evidence(patches=PATCHES)
+    found = regions(branch, branch, scfg.SCFGConfig(benchmark="foreground"))
+    assert found.start_is_flat.dtype == torch.bool and found.start_is_flat.shape == (B,)
 
 
 def test_a_level_may_be_one_number_an_image():

@@ -1,5 +1,6 @@
 """attach on diffusers' pipelines with a transformer: their own formula, their own runs."""
 
+import functools
 import re
 
 import pytest
@@ -204,6 +205,10 @@ def test_phrases_are_words_of_the_prompt_in_every_copy():
     assert_close(actual=ratio[deep > 0], expected=torch.full_like(ratio[deep > 0], 2), share=1e-5)
     assert_close(actual=ratio[outer > 0], expected=torch.ones_like(ratio[outer > 0]), share=1e-5)
     assert deep.any() and outer.any()
+    own = pipe.encode_prompt = functools.partial(encode, pipe)
+    with attach(pipe, None, REAL, token_weights={"red square": 2.0}):
+        draw("sd3", pipe, call, key, prompt="red square, and blue")
+    assert vars(pipe)["encode_prompt"] is own
     missing = pytest.raises(ValueError, match=re.escape("'green'"))
     with attach(pipe, None, REAL, token_weights={"green": 2.0}), missing:
         draw("sd3", pipe, call, key, prompt="red square")

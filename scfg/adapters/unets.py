@@ -60,7 +60,7 @@ class AttachedUNet:
                 f"S-CFG acted on none of {self._calls} calls of the U-Net: "
                 f"{type(self.pipe).__name__} says that it does not guide "
                 "(do_classifier_free_guidance)",
-                stacklevel=6,
+                stacklevel=5,
             )
 
     def remove(self) -> None:
