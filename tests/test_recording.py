@@ -10,6 +10,7 @@ import scfg
 from scfg import backends
 from scfg.models.unet import UNetConfig
 from scfg.recording import folding
+from scfg.recording.recorder import AttentionRecorder
 
 
 @pytest.mark.parametrize("size", [(18, 26), (17, 25), (16, 8)])
@@ -95,6 +96,22 @@ def test_recorded_maps_equal_the_hosts_own_probabilities(name):
             expected = seen[layer.name, "self"], seen[layer.name, "cross"]
             assert_close(actual=layer.self_map, expected=expected[0], share=1e-6)
             assert_close(actual=layer.cross_map, expected=expected[1], share=1e-6)
+
+
+def test_attention_to_a_key_counts_to_the_token_that_owns_it():
+    net, args, _ = build("own")
+    owners = torch.tensor([[0, 1, 1, 2, 2, 2, 6]]).expand(4, -1)
+    maps = []
+    for given in (None, owners):
+        recorder = AttentionRecorder(net, ALL_LEVELS, "auto", keep_maps=True)
+        recorder.start(args[0], given)
+        net(*args)
+        recorder.finish()
+        maps.append([layer.cross_map for layer in recorder.layers])
+        recorder.remove()
+    for plain, owned in zip(*maps, strict=True):
+        expected = plain.double() @ torch.nn.functional.one_hot(owners[0], 7).double()
+        assert_close(actual=owned, expected=expected, share=1e-6)
 
 
 def test_joint_keys_share_one_softmax():
