@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import assert_close
 from tiny import tiny_unet
+from torch.nn import functional as F
 from unet_hosts import ALL_LEVELS, NETS, build, hooks, tensor
 
 import scfg
 from scfg import backends
+from scfg.evidence import fold_maps
 from scfg.models.unet import UNetConfig
 from scfg.recording import folding
 from scfg.recording.recorder import AttentionRecorder
@@ -101,17 +103,21 @@ def test_recorded_maps_equal_the_hosts_own_probabilities(name):
 def test_attention_to_a_key_counts_to_the_token_that_owns_it():
     net, args, _ = build("own")
     owners = torch.tensor([[0, 1, 1, 2, 2, 2, 6]]).expand(4, -1)
-    maps = []
+    found = []
     for given in (None, owners):
         recorder = AttentionRecorder(net, ALL_LEVELS, "auto", keep_maps=True)
         recorder.start(args[0], given)
         net(*args)
-        recorder.finish()
-        maps.append([layer.cross_map for layer in recorder.layers])
+        found.append(recorder.finish())
+        layers = recorder.layers
         recorder.remove()
-    for plain, owned in zip(*maps, strict=True):
-        expected = plain.double() @ torch.nn.functional.one_hot(owners[0], 7).double()
-        assert_close(actual=owned, expected=expected, share=1e-6)
+    self_maps, cross_maps = [x.self_map for x in layers], [x.cross_map for x in layers]
+    owned = [x @ F.one_hot(owners[0], 7).float() for x in cross_maps]
+    for evidence, maps in zip(found, (cross_maps, owned), strict=True):
+        expected = fold_maps(args[0][:2], self_maps, maps, ALL_LEVELS, "auto")
+        for reduction in expected.reductions:
+            total = expected.total(reduction)
+            assert_close(actual=evidence.total(reduction), expected=total, share=1e-5)
 
 
 def test_joint_keys_share_one_softmax():
