@@ -18,7 +18,7 @@ from scfg.models.embedded import SCALE, WEIGHTS, load_model, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.files import read_tensors, write_text
 
-TIMESTEPS = (200, 350, 500, 650, 800)
+TIMESTEPS = (50, 200, 350, 500, 650, 800, 950)
 SCENES = 128
 
 
