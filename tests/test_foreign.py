@@ -105,6 +105,13 @@ class FirstOfPair(Attention):
         return self.attend(x, context[0])
 
 
+class MoreThanGiven(Attention):
+    """The mask is its third argument of four."""
+
+    def forward(self, x, context=None, mask=None, scale=None):
+        return self.attend(x, x if context is None else context, mask)
+
+
 class Merged(Block):
     """Both attentions (tokens merged), or only the first (tiles as rows), see fewer pixels."""
 
@@ -189,6 +196,7 @@ MASK = torch.arange(TOKENS)[None] < torch.tensor([[7], [7], [4], [5]])
 TRAITS = {
     "plain": (Block, ()),
     "mask by position": (Block, (MASK,)),
+    "mask by position, more to come": (lambda: Block(MoreThanGiven(24)), (MASK,)),
     "mask of its own pixels": (MaskedPixels, ()),
     "own scale": (lambda: Block(Attention(24, scale=2.0)), ()),
     "all by keyword": (NamedBlock, ()),
