@@ -25,7 +25,6 @@ from scfg.evaluate.run import one_of_all
 from scfg.evidence import Evidence
 from scfg.guidance import guide_regions
 from scfg.models import embedded, files, training
-from scfg.models.embedded import networks
 from scfg.patches import Patches
 from scfg.recording import parallel
 from scfg.recording.layouts import LAYOUTS, find_layers, list_grid, shapes_grid
@@ -191,7 +190,7 @@ def test_a_wrapper_says_what_its_network_lacks():
     [(None, True, "attention must not be causal"), (3, False, "attends with 3 queries to 3 keys")],
 )
 def test_an_attention_of_a_transformer_that_is_another_is_refused(queries, causal, message):
-    model = networks(TRANSFORMER)["transformer"].requires_grad_(False)
+    model = embedded.networks(TRANSFORMER)["transformer"].requires_grad_(False)
 
     def attend(self, x, angles):
         few = x[:, None, :queries]

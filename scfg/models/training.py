@@ -126,8 +126,8 @@ class Trainer:
             loss = self._average(loss)
         nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
         falling = min(1, max(0, 1 - self.progress) / plan.decay)
+        rate = plan.lr * min(1, (self.steps + 1) / plan.warmup) * falling
         for optimizer in self.optimizers:
-            rate = plan.lr * min(1, (self.steps + 1) / plan.warmup) * falling
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
         self.steps += 1
