@@ -7,12 +7,13 @@ one machine the last is shown; a point that failed says so.
 """
 
 import csv
+from functools import partial
 from pathlib import Path
 
 from benchmarks import records
 
 ROOT = Path(__file__).parents[1]
-EVIDENCE = ROOT / "benchmarks" / "results" / "evidence"
+RESULTS = ROOT / "benchmarks" / "results"
 NO_GPU = "No figure from a GPU yet."
 NOTHING = "No figure yet."
 
@@ -45,13 +46,13 @@ def performance():
     return render(records.load())
 
 
-def objects():
-    """What each way to draw emoji scenes gives, in Markdown."""
+def objects(folder="evidence"):
+    """What each way to draw emoji scenes gives, by the tables in a folder, in Markdown."""
     head = ["scale", "method", "mean scale", "strength", "objects", "captions"]
     head += ["objects, minus CFG", "the same, same strength"]
     lines = []
-    differences = _evidence("differences")
-    for row in _evidence("points"):
+    differences = _evidence(folder, "differences")
+    for row in _evidence(folder, "points"):
         start = [row["scale"], row["method"]]
         start += [f"{float(row[key]):.1f}" for key in ("mean_scale", "strength")]
         start += [f"{float(row[key]):.1%}" for key in ("objects", "all")]
@@ -59,9 +60,9 @@ def objects():
     return _grid(head, lines)
 
 
-def _evidence(name):
-    """Rows of a table of the evaluation, of pictures that begin as noise."""
-    with (EVIDENCE / f"{name}.csv").open() as file:
+def _evidence(folder, name):
+    """Rows of a table of an evaluation, of pictures that begin as noise."""
+    with (RESULTS / folder / f"{name}.csv").open() as file:
         return [row for row in csv.DictReader(file) if not row["begin"]]
 
 
@@ -200,6 +201,10 @@ def floors():
 TABLES = {
     "performance": ("docs/cost.md", performance),
     "objects": ("docs/evidence.md", objects),
+    "objects of the transformer": (
+        "docs/evidence.md",
+        partial(objects, "evidence_transformer"),
+    ),
     "floors": ("docs/operations.md", floors),
 }
 

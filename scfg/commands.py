@@ -12,7 +12,7 @@ import torch
 
 from scfg.config import SCFGConfig
 from scfg.drawing.generate import Generated, Request, draw
-from scfg.models.embedded import WEIGHTS, load_model
+from scfg.models.embedded import SHIPPED, load_model
 from scfg.models.emoji_words import NOUNS
 from scfg.models.files import write_text, write_whole
 from scfg.names import METHODS, SAMPLERS
@@ -85,6 +85,8 @@ def settings(options: argparse.Namespace) -> str:
         parts.append(f"regions every {options.every} steps")
     if options.propagation != "paper":
         parts.append(f"propagation {options.propagation}")
+    if options.network == "transformer":
+        parts.append("transformer")
     return " \u00b7 ".join(parts)
 
 
@@ -157,8 +159,9 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
     """
     if options.model_config is not None and options.model is None:
         raise ValueError("--model-config is of a --model, got none")
-    if options.model is not None and options.weights is not None:
-        raise ValueError("--model and --weights are two models: give one of them")
+    given = [name for name in ("model", "weights", "network") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} are two models: give one of them")
     if options.model is not None:
         from scfg.adapters import checkpoints
         from scfg.adapters.generate import draw as draw_with
@@ -169,7 +172,7 @@ def load(options: argparse.Namespace) -> tuple[Callable[..., Generated], SCFGCon
         if not options.prompt.strip():
             raise ValueError("prompt must have a word, got none")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(WEIGHTS if options.weights is None else options.weights, device)
+        model = load_model(options.weights or SHIPPED[options.network or "unet"], device)
         if not {*model.tokenizer.tokens(options.prompt)} & {*NOUNS}:
             raise ValueError(f"prompt must name an object, as 'penguin', got {options.prompt!r}")
         source, config = partial(draw, model), model.config

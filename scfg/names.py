@@ -8,3 +8,4 @@ SAMPLERS = {
     "euler": "Euler",
     "euler_ancestral": "Euler ancestral",
 }
+NETWORKS = ("unet", "transformer")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scfg.config import PROPAGATIONS
 from scfg.models.emoji_words import WORDS
-from scfg.names import BACKENDS, METHODS, SAMPLERS
+from scfg.names import BACKENDS, METHODS, NETWORKS, SAMPLERS
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -62,8 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trace", type=Path, metavar="DIR", help="also one PNG per image of several steps there")
     add("--html", type=Path, metavar="FILE", help="also one interactive page")
     add("--model", type=Path, metavar="PATH", help="a folder or .safetensors file for diffusers")
+    add("--network", choices=NETWORKS, help="embedded network that draws; default: unet")
     add("--weights", type=Path, metavar="FILE", help=(
-        "of an embedded network, as scfg.models.train exports them; default: the U-Net's"
+        "of an embedded network, as scfg.models.train exports them, in place of those shipped"
     ))  # fmt: skip
     add("--model-config", type=Path, metavar="DIR", help=(
         "for a .safetensors file: folder of a model of its kind, of which no weights are read"
@@ -87,7 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         "CPU threads of each process; results have the same bits for any number of processes, but "
         "not for any number of threads"
     ))  # fmt: skip
-    add("--weights", type=Path, metavar="FILE", help="of the model; default: those shipped")
+    add("--network", choices=NETWORKS, default="unet", help="embedded network to measure")
+    add("--weights", type=Path, metavar="FILE", help="of another than those shipped")
     add("--quiet", action="store_true", help="print nothing but errors")
     return parser
 

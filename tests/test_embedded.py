@@ -11,7 +11,7 @@ from torch import nn
 
 from scfg.models import emoji
 from scfg.models.embedded import (
-    WEIGHTS,
+    SHIPPED,
     EpsPredictor,
     assemble,
     load_model,
@@ -28,6 +28,7 @@ from scfg.models.emoji import (
 from scfg.models.emoji_words import WORDS
 from scfg.models.text import Tokenizer
 from scfg.models.training import Plan, Trainer
+from scfg.names import NETWORKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,6 +146,12 @@ def test_learning_rate_rises_over_the_warm_up_and_falls_to_zero(decay, factors):
     assert timed.progress == 0.25
 
 
+def test_a_rate_that_would_never_fall_is_refused():
+    for decay in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"decay must be in \(0, 1\], got {decay}"):
+            plan(decay=decay)
+
+
 def test_training_lowers_the_loss():
     trainer = Trainer(plan(samples=320, batch=16, lr=1e-2))
     losses = [trainer.step().item() for _ in range(20)]
@@ -192,20 +199,20 @@ def test_two_processes_follow_the_gradient_of_their_averaged_losses(tmp_path):
         torch.testing.assert_close(actual, expected, atol=bound, rtol=0, msg=name)
 
 
-needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no trained weights shipped yet")
-
-
-@needs_weights
-def test_shipped_model_is_small_and_predicts_eps():
-    assert WEIGHTS.stat().st_size <= 10e6
-    model = load_model()
+@pytest.mark.parametrize("network", NETWORKS)
+def test_shipped_model_is_small_and_predicts_eps(network):
+    assert SHIPPED[network].stat().st_size <= 10e6
+    model = load_model(SHIPPED[network])
     context = model.encode(["", "a red dog on a blue background"])
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     eps = model.unet(noise, torch.tensor([999, 999]), context)
     assert eps.shape == noise.shape and eps.dtype == torch.float32
     # At the last timestep x is nearly the noise itself.
     assert (eps - noise).square().mean() < 0.02
-    modules = dict(model.unet.named_modules())
+
+
+def test_attention_of_the_shipped_unet_has_the_names_that_the_recorder_looks_for():
+    modules = dict(load_model().unet.named_modules())
     pairs = {name.rsplit(".", 1)[0] for name in modules if name.endswith(("attn1", "attn2"))}
     assert len(pairs) == 7
     for name in pairs:
@@ -214,9 +221,9 @@ def test_shipped_model_is_small_and_predicts_eps():
             assert attention.to_q.in_features % attention.heads == 0 and attention.to_k is not None
 
 
-@needs_weights
-def test_shipped_model_restores_its_scenes_from_noise_and_listens_to_the_caption():
-    model = load_model()
+@pytest.mark.parametrize("network", NETWORKS)
+def test_shipped_model_restores_its_scenes_from_noise_and_listens_to_the_caption(network):
+    model = load_model(SHIPPED[network])
     scenes = scenes_of(10, 16)
     x0 = to_latents(render(scenes)[0])
     captions = [caption(scene) for scene in scenes]

@@ -66,7 +66,7 @@ def regions(uncond, text=None, config=CONFIG):
 
 COLUMNS = torch.arange(T).expand(B, -1)
 PATCHES = Patches((1, H, W), columns=COLUMNS, owning=COLUMNS > 0, start=True, text=T)
-OPTIONS = Namespace(model_config=None, model="m", weights="w")
+OPTIONS = Namespace(model_config=None, model="m", weights="w", network=None)
 REFUSED = {
     "empty": (lambda: scfg.cfg(EPS[0][:0], EPS[1][:0], 2.0), ValueError, "eps_text must not be em"),
     "q and k": (

@@ -47,6 +47,10 @@ def test_a_network_is_trained_carried_on_and_exported(monkeypatch, tmp_path, cap
         call(monkeypatch, train.main, *options)
     assert "holds a run already" in capsys.readouterr().err
     call(monkeypatch, train.main, *options, "--resume")
+    for changed in (("--lr", 0.5), ("--minutes", 3), ("--network", "transformer"), ("--bf16",)):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, train.main, *options, "--resume", *changed)
+        assert f"error: {changed[0]} must be left out, or be " in capsys.readouterr().err
     options = "--batch", 2, "--threads", 1, "--out", tmp_path / "longer"
     call(monkeypatch, train.main, *options, "--minutes", 1e-9)
     first = json.loads((tmp_path / "longer" / "checkpoint.json").read_text())
@@ -54,6 +58,10 @@ def test_a_network_is_trained_carried_on_and_exported(monkeypatch, tmp_path, cap
     call(monkeypatch, train.main, *options, "--resume", "--minutes", minutes)
     longer = json.loads((tmp_path / "longer" / "checkpoint.json").read_text())
     assert longer["plan"]["minutes"] == minutes and longer["steps"] > first["steps"]
-    call(monkeypatch, train.main, "--out", out, "--export", file)
-    assert "4 samples" in capsys.readouterr().out
+    monkeypatch.setitem(train.SHIPPED, "unet", file)  # where the package would keep it
+    call(monkeypatch, train.main, "--out", out, "--export")
+    assert f"{file}: 4 samples" in capsys.readouterr().out
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    call(monkeypatch, train.main, "--out", out, "--export", elsewhere)
+    assert elsewhere.read_bytes() == file.read_bytes()
     assert read_tensors(file) and load_model(file, "cpu").config

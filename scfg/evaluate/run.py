@@ -13,7 +13,7 @@ import torch.distributed as dist
 from scfg.evaluate.plan import make_plan
 from scfg.evaluate.report import write_report
 from scfg.evaluate.work import Plan, compute, prepare, units, work
-from scfg.models.embedded import WEIGHTS, load_model
+from scfg.models.embedded import SHIPPED, WEIGHTS, load_model
 from scfg.models.judge import load_judge
 
 
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> list[Path]:
         ValueError: The folder holds the units of other weights, or an option is out of range.
         RuntimeError: The device is not there.
     """
-    weights = options.weights or WEIGHTS
+    weights = options.weights or SHIPPED[options.network]
     plan = make_plan(options.reduced, options.samples, weights, gpu=options.device == "cuda")
     with one_of_all(options.device) as (rank, world, device):
         with _threads(options.threads):
@@ -102,7 +102,8 @@ def _threads(count: int) -> Iterator[None]:
 def command(options: argparse.Namespace) -> str:
     """What was asked for, as it can be typed; other processes give the same numbers."""
     words = ["scfg evaluate", *["--reduced"] * options.reduced]
-    for name, default in (("samples", None), ("weights", None), ("device", "cpu"), ("threads", 1)):
+    defaults = dict(samples=None, network="unet", weights=None, device="cpu", threads=1)
+    for name, default in defaults.items():
         value = getattr(options, name)
         if value != default:
             words.append(f"--{name} {value.name if isinstance(value, Path) else value}")

@@ -16,10 +16,12 @@ from scfg.models.files import read_tensors, write_whole
 from scfg.models.text import TextEncoder, Tokenizer
 from scfg.models.transformer import JointTransformer, TransformerConfig
 from scfg.models.unet import UNet, UNetConfig
+from scfg.names import NETWORKS
 from scfg.sampling import Schedule, scaled_linear
 
 FOLDER = Path(__file__).parent / "weights"
-WEIGHTS = FOLDER / "unet-emoji.safetensors"
+SHIPPED = {network: FOLDER / f"{network}-emoji.safetensors" for network in NETWORKS}
+WEIGHTS = SHIPPED["unet"]
 PATCH = 4  # pixels per side of a latent
 CONFIG = SCFGConfig(map_reduction=1, coarsest_reduction=2)  # its grid is 16 x 16 and 8 x 8
 SCALE = 0.5  # latent per pixel value: less signal left at the last timestep than with 1

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scfg.models.embedded import TRANSFORMER, WEIGHTS, ModelConfig, assemble, save_weights
+from scfg.models.embedded import SHIPPED, TRANSFORMER, ModelConfig, assemble, save_weights
 from scfg.models.emoji import caption, sample_scenes
 from scfg.models.training import Plan, Trainer
+from scfg.names import NETWORKS
 from scfg.sampling import ddim
 
 
@@ -82,11 +83,33 @@ def run(trainer: Trainer, out: Path, checkpoint_minutes: float, preview_minutes:
                 shown = now
 
 
-def main() -> None:
-    """Command line of ``python -m scfg.models.train``."""
+def carried_on(plan: Plan, given: dict) -> Plan:
+    """The plan of a run that goes on, with other minutes than it was started with if given.
+
+    Args:
+        plan: The plan so far.
+        given: Options of the command line by name, without those that were left out.
+
+    Raises:
+        ValueError: An option is not what the run was planned with; only minutes, of a run that was
+            planned in them, may change.
+    """
+    planned = vars(plan) | {"network": plan.model.network}
+    for name, value in given.items():
+        if value != planned[name] and (name != "minutes" or plan.samples is not None):
+            kind = "minutes" if plan.samples is None else "samples"
+            raise ValueError(
+                f"--{name} must be left out, or be {planned[name]} as in the plan of the run that "
+                f"--resume goes on with, a plan in {kind}; got {value}"
+            )
+    return replace(plan, minutes=given.get("minutes", plan.minutes))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command, those of the plan without a default: what was given can be told."""
     parser = argparse.ArgumentParser(prog="python -m scfg.models.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--network", choices=["unet", "transformer"], default="unet")
+    parser.add_argument("--network", choices=NETWORKS, help="default: unet")
     parser.add_argument(
         "--minutes",
         type=float,
@@ -94,11 +117,15 @@ def main() -> None:
         "was started with",
     )
     parser.add_argument("--samples", type=int, help="length of the run instead of --minutes")
-    parser.add_argument("--batch", type=int, default=Plan.batch)
-    parser.add_argument("--lr", type=float, default=Plan.lr)
-    parser.add_argument("--decay", type=float, default=Plan.decay, help="of the lr, last share")
-    parser.add_argument("--seed", type=int, default=Plan.seed)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--batch", type=int, help=f"images a step; default: {Plan.batch}")
+    parser.add_argument("--lr", type=float, help=f"learning rate; default: {Plan.lr}")
+    parser.add_argument(
+        "--decay",
+        type=float,
+        help=f"share of the run, its last, in which the lr falls; default: {Plan.decay:g}",
+    )
+    parser.add_argument("--seed", type=int, help=f"default: {Plan.seed}")
+    parser.add_argument("--bf16", action="store_true", default=None, help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile, worth it on a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
@@ -109,35 +136,52 @@ def main() -> None:
         "--export",
         type=Path,
         nargs="?",
-        const=WEIGHTS,
+        const=Path(),
         help="write the averaged weights of the checkpoint in --out to this file (by default into "
         "the package) and end; no training",
     )
+    return parser
+
+
+def export(out: Path, file: Path) -> None:
+    """Write the averaged weights of the checkpoint in `out`, with its plan, to `file`.
+
+    ``Path()`` is where the package keeps those of the network.
+    """
+    trainer = Trainer.resume(out)
+    plan = {name: value for name, value in vars(trainer.plan).items() if name != "model"}
+    minutes = f"{trainer.seconds / 60:.1f}"
+    facts = {"plan": json.dumps(plan), "samples": str(trainer.samples), "minutes": minutes}
+    file = SHIPPED[trainer.plan.model.network] if file == Path() else file
+    save_weights(trainer.ema, trainer.plan.model, file, **facts)
+    print(f"{file}: {trainer.samples} samples, {minutes} minutes, {plan}")
+
+
+def main() -> None:
+    """Command line of ``python -m scfg.models.train``."""
+    parser = build_parser()
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.export is not None:
-        trainer = Trainer.resume(args.out)
-        plan = {name: value for name, value in vars(trainer.plan).items() if name != "model"}
-        minutes = f"{trainer.seconds / 60:.1f}"
-        facts = {"plan": json.dumps(plan), "samples": str(trainer.samples), "minutes": minutes}
-        save_weights(trainer.ema, trainer.plan.model, args.export, **facts)
-        print(f"{args.export}: {trainer.samples} samples, {minutes} minutes, {plan}")
+        export(args.out, args.export)
         return
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    if args.resume:
-        trainer = Trainer.resume(args.out, args.device, args.compile)
-        if args.minutes is not None:
-            trainer.plan = replace(trainer.plan, minutes=args.minutes)
-    elif (args.out / "checkpoint.json").exists():
-        parser.error(f"{args.out} holds a run already: give --resume or another --out")
-    else:
-        names = ("minutes", "samples", "batch", "lr", "decay", "seed", "bf16")
-        model = ModelConfig() if args.network == "unet" else TRANSFORMER
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        plan = Plan(**given, model=model)
-        trainer = Trainer(plan, args.device, args.compile)
+    names = ("network", "minutes", "samples", "batch", "lr", "decay", "seed", "bf16")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    try:
+        if args.resume:
+            trainer = Trainer.resume(args.out, args.device, args.compile)
+            trainer.plan = carried_on(trainer.plan, given)
+        elif (args.out / "checkpoint.json").exists():
+            raise ValueError(f"{args.out} holds a run already: give --resume or another --out")
+        else:
+            network = given.pop("network", "unet")
+            plan = Plan(**given, model=ModelConfig() if network == "unet" else TRANSFORMER)
+            trainer = Trainer(plan, args.device, args.compile)
+    except ValueError as error:
+        parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     run(trainer, args.out, args.checkpoint_minutes, args.preview_minutes)
 

@@ -26,6 +26,7 @@ from scfg.models.text import Tokenizer
 from scfg.sampling import scaled_linear
 
 LEAST_LEVEL = 0.1  # below it a velocity's weight grows no more
+MEAN_LOGIT = 0.6  # of a transformer's noise levels: shapes are decided above a half
 STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what the optimizers keep a weight
 
 
@@ -49,6 +50,11 @@ class Plan:
     empty: float = 0.1  # share of empty captions
     bf16: bool = False
     model: ModelConfig = ModelConfig()
+
+    def __post_init__(self) -> None:
+        """Refuse a learning rate that would fall at no time, or before the run begins."""
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {self.decay}")
 
 
 def optimizers(parts: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
@@ -158,7 +164,7 @@ class Trainer:
         """Noise levels as the network takes them, factors of signal and noise, weights: (b,)."""
         options = {"generator": generator, "device": self.device}
         if self.plan.model.network == "transformer":
-            s = torch.sigmoid(torch.randn(count, **options))
+            s = torch.sigmoid(MEAN_LOGIT + torch.randn(count, **options))
             return s, 1 - s, s, s.clamp_min(LEAST_LEVEL) ** -2
         t = torch.randint(len(self.abar), (count,), **options)
         abar = self.abar[t]
