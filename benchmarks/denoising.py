@@ -3,7 +3,7 @@
     python -m benchmarks.denoising [--weights FILE ...] [--out FILE]
 
 Mean squared error of the image that a prediction points to, colours in [-1, 1], over 128 scenes of
-their own numbers, captions given. The U-Net that ships comes first; FILE are weights that
+their own numbers, captions given. The networks that ship come first; FILE are weights that
 ``python -m scfg.models.train --export`` wrote, of either network, at any point of their training.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from scfg.models.embedded import SCALE, WEIGHTS, load_model, to_latents
+from scfg.models.embedded import SCALE, SHIPPED, load_model, to_latents
 from scfg.models.emoji import caption, render, sample_scenes
 from scfg.models.files import read_tensors, write_text
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the lines there")
     arguments = parser.parse_args()
     lines = ["images seen  network       error at timestep " + ", ".join(map(str, TIMESTEPS))]
-    for path in (WEIGHTS, *arguments.weights):
+    for path in (*SHIPPED.values(), *arguments.weights):
         facts = read_tensors(path)[1]
         network = load_model(path).network.__class__.__name__
         numbers = "  ".join(f"{error:.4f}" for error in errors(path))
